@@ -1,0 +1,1 @@
+"""Schedules, retries, forms and notices.  No machine learning happens here."""

@@ -1,0 +1,277 @@
+"""`params.yaml` as frozen, strict models: one class per stage, every key with its meaning and its limits.
+
+`load_params` is the one way in.  A mistake is refused with the key's path, the value and the limit, all mistakes at
+once.  Where the file lies, and what a run overrides in it, is the business of `pipelines.runs`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from datetime import date
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pipelines.errors import Refusal
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]+(?:[-_][a-z0-9]+)*$", max_length=100)]
+
+
+def _parse_date(value: object) -> object:
+    """Strict mode takes no strings for dates, but JSON (the trigger form) has nothing else."""
+    return date.fromisoformat(value) if isinstance(value, str) else value
+
+
+def _widen_integer(value: object) -> object:
+    """YAML writes 1 where 1.0 is meant; strict mode would refuse it for a float only when it is a bool."""
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+IsoDate = Annotated[date, BeforeValidator(_parse_date)]
+Number = Annotated[float, BeforeValidator(_widen_integer)]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are refused, values are not coerced, nothing changes after loading."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class TableParams(Section):
+    """Column names of a table source; `null` where the table has no such column."""
+
+    path_column: str = Field("path", description="Column with the image's path, relative to the table or absolute.")
+    label_column: str = Field("label", description="Column with the class's name.")
+    split_column: str | None = Field(None, description="Column with train, val or test, where the splits are given.")
+    group_column: str | None = Field(None, description="Column whose equal values must share a split, e.g. a patient.")
+    arrived_column: str | None = Field(None, description="Column with the date an image arrived, for `as_of`.")
+
+
+class DataIngestionParams(Section):
+    """What is read, and what is refused while reading."""
+
+    source: str = Field(
+        "digits", min_length=1, description="`digits`, a folder, a table, an .npz, or its http(s):// or s3:// address."
+    )
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = Field(
+        None, description="Expected SHA-256 of an .npz that is fetched from an address."
+    )
+    table: TableParams = TableParams()
+    group_pattern: str | None = Field(
+        None, description="Regular expression over an image's path; its first group names what must share a split."
+    )
+    as_of: IsoDate | None = Field(None, description="Take what had arrived by this date; null takes everything.")
+    max_image_pixels: int = Field(100_000_000, ge=1, le=1_000_000_000, description="Pixels of one image.")
+    max_image_bytes: int = Field(50_000_000, ge=1, le=2_000_000_000, description="Encoded bytes of one image.")
+    max_quarantined_share: Share = Field(0.05, description="Share of unreadable images above which the run stops.")
+    shard_images: int = Field(1024, ge=16, le=65_536, description="Images in one Parquet shard, on average.")
+
+    @field_validator("group_pattern")
+    @classmethod
+    def _pattern_has_a_group(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                groups = re.compile(value).groups
+            except re.error as error:
+                raise ValueError(f"is no regular expression: {error}") from error
+            if groups < 1:
+                raise ValueError("needs one group in parentheses, e.g. person(\\d+)_")
+        return value
+
+
+class DataValidationParams(Section):
+    """What validation needs beyond the suites in `expectations/`."""
+
+    near_duplicate_bits: int = Field(
+        2, ge=0, le=16, description="Largest distance between 64-bit perceptual hashes of near-duplicates."
+    )
+
+
+class DataPreprocessingParams(Section):
+    """From encoded images to one uint8 array per split."""
+
+    size_px: int = Field(28, ge=8, le=1024, description="Side of the square the network sees.")
+    channels: Literal[1, 3] = Field(1, description="1 grey, 3 colour.")
+    resize: Literal["squash", "pad", "crop"] = Field("squash", description="How an oblong image becomes square.")
+    train_share: Share = 0.70
+    val_share: Share = 0.15
+    outlier_z: Number = Field(8.0, gt=0, description="Robust deviations from the class's median that are too many.")
+    min_images_per_class: int = Field(5, ge=1, description="Images that each class must have in each split.")
+
+    @model_validator(mode="after")
+    def _shares_leave_a_test_split(self) -> DataPreprocessingParams:
+        if self.train_share <= 0 or self.val_share <= 0 or self.train_share + self.val_share >= 1:
+            raise ValueError(
+                f"train_share {self.train_share} and val_share {self.val_share} must be above 0 and leave a test split"
+            )
+        return self
+
+
+class FeatureEngineeringParams(Section):
+    """Constants computed from the training split alone."""
+
+    max_class_weight: Number = Field(10.0, ge=1, description="Cap on a rare class's weight in the loss.")
+
+
+class SmallCNNParams(Section):
+    """The network for small images."""
+
+    widths: Annotated[list[Annotated[int, Field(ge=4, le=1024)]], Field(min_length=1, max_length=6)] = [32, 64, 128]
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
+
+
+class HuggingFaceParams(Section):
+    """Any image classifier that `transformers` can load."""
+
+    checkpoint: str = Field("google/efficientnet-b4", min_length=1, description="A local folder, or a hub name.")
+    pretrained: bool = Field(True, description="false builds the checkpoint's architecture with random weights.")
+
+
+class AugmentationParams(Section):
+    """Random changes of training images, safe for X-rays by default: nothing is mirrored unless asked."""
+
+    shift: Share = Field(0.06, description="Largest shift, as a share of the image's side.")
+    rotation_deg: Annotated[Number, Field(ge=0, le=180)] = 8.0
+    scale: Annotated[Number, Field(ge=0, lt=1)] = 0.05
+    contrast: Annotated[Number, Field(ge=0, lt=1)] = 0.15
+    brightness: Annotated[Number, Field(ge=0, lt=1)] = 0.1
+    noise: Annotated[Number, Field(ge=0, lt=1)] = Field(0.0, description="Deviation of added noise, of full scale.")
+    flip_horizontal: bool = False
+    flip_vertical: bool = False
+
+
+class ModelTrainingParams(Section):
+    """The network, how it is trained, and what its export must satisfy."""
+
+    network: Literal["small_cnn", "huggingface"] = "small_cnn"
+    small_cnn: SmallCNNParams = SmallCNNParams()
+    huggingface: HuggingFaceParams = HuggingFaceParams()
+    epochs: int = Field(20, ge=1, le=1000)
+    batch_size: int = Field(64, ge=1, le=4096)
+    learning_rate: Annotated[Number, Field(gt=0, le=1)] = 0.003
+    weight_decay: Annotated[Number, Field(ge=0, le=1)] = 0.01
+    schedule: Literal["constant", "cosine", "one_cycle"] = "one_cycle"
+    label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = 0.05
+    weight_averaging: Annotated[Number, Field(ge=0, lt=1)] = Field(
+        0.0, description="Decay of the moving average of the weights that is evaluated and exported; 0 is off."
+    )
+    class_weights: bool = True
+    patience_epochs: int = Field(5, ge=1, description="Epochs without a better val/loss before training stops.")
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    augmentation: AugmentationParams = AugmentationParams()
+    trials: int = Field(0, ge=0, le=1000, description="Optuna trials before the final training; 0 is off.")
+    trial_epochs: int = Field(6, ge=1, le=1000, description="Epochs of one trial.")
+    max_parity_difference: Annotated[Number, Field(gt=0, le=1)] = Field(
+        1e-3, description="Largest difference of a probability between ONNX and PyTorch."
+    )
+    int8: bool = Field(True, description="Also try an int8 variant; kept only if it is faster and not worse.")
+    min_int8_speedup: Annotated[Number, Field(ge=1)] = 1.2
+
+
+class ModelEvaluationParams(Section):
+    """The gate's numbers."""
+
+    confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
+    bootstrap_samples: int = Field(1000, ge=100, le=100_000)
+    min_accuracy: Share = Field(0.85, description="Floor on the lower confidence bound of test accuracy.")
+    max_accuracy_drop: Share = Field(0.02, description="Non-inferiority margin against the champion.")
+    max_class_recall_drop: Share = Field(0.10, description="Likewise per class.")
+    max_slice_accuracy_drop: Share = Field(0.10, description="Likewise per slice.")
+    max_calibration_error: Share = 0.15
+    min_slice_images: int = Field(20, ge=1, description="Smaller slices are shown but not judged.")
+    min_behaviour_agreement: Share = Field(0.90, description="Predictions that must survive harmless changes.")
+    worst_errors: int = Field(12, ge=0, le=100, description="Pictures of the worst errors in the model card.")
+
+
+class ModelRegistrationParams(Section):
+    """How a model that passed is entered in the registry."""
+
+    candidate_alias: Name = "candidate"
+
+
+class Params(Section):
+    """The whole of `params.yaml`."""
+
+    dataset: Name = Field(description="Names the data and the folder of its expectations.")
+    model_name: Name = Field(description="<domain>-<task>, the registered model's name.")
+    seed: int = Field(7, ge=0, le=2**31 - 1)
+    data_ingestion: DataIngestionParams = DataIngestionParams()
+    data_validation: DataValidationParams = DataValidationParams()
+    data_preprocessing: DataPreprocessingParams = DataPreprocessingParams()
+    feature_engineering: FeatureEngineeringParams = FeatureEngineeringParams()
+    model_training: ModelTrainingParams = ModelTrainingParams()
+    model_evaluation: ModelEvaluationParams = ModelEvaluationParams()
+    model_registration: ModelRegistrationParams = ModelRegistrationParams()
+
+
+def load_params(path: Path) -> Params:
+    """Read and check a parameter file.
+
+    Raises:
+        Refusal: the file is missing, is not YAML, or has unknown keys or values outside their limits.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise Refusal(
+            f"the parameter file {path}", error.strerror, way_out="start Perch in the folder of params.yaml"
+        ) from error
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise Refusal(f"the parameter file {path}", f"is not YAML: {error}", way_out="mend the line it names") from None
+    return check_params(tree, name=str(path))
+
+
+def check_params(tree: object, *, name: str = "params.yaml") -> Params:
+    """Turn a parsed parameter tree into `Params`, or refuse it with every mistake named.
+
+    Raises:
+        Refusal: one line per mistake, each with the key's path, its value and the limit.
+    """
+    try:
+        return Params.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(dict(detail)) for detail in error.errors(include_url=False)]
+        raise Refusal(
+            name, "\n  " + "\n  ".join(lines), way_out="`perch params --schema` lists every key with its limits"
+        ) from None
+
+
+def override(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of a parameter tree with dotted keys replaced, e.g. `{"model_training.epochs": 3}`.
+
+    The keys are not checked here: `check_params` names an unknown one with its whole path.
+    """
+    result: dict[str, Any] = {key: dict(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
+    for dotted, value in overrides.items():
+        head, _, rest = dotted.partition(".")
+        if rest:
+            section = result.get(head)
+            result[head] = override(section if isinstance(section, Mapping) else {}, {rest: value})
+        else:
+            result[head] = value
+    return result
+
+
+def _explain(detail: dict[str, Any]) -> str:
+    """One mistake as `path: value …, limit …`, with the nearest known key for a misspelt one."""
+    location = tuple(str(part) for part in detail["loc"])
+    path = ".".join(location)
+    if detail["type"] == "extra_forbidden":
+        model: type[BaseModel] | None = Params
+        for part in location[:-1]:
+            annotation = model.model_fields[part].annotation if model and part in model.model_fields else None
+            model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+        near = get_close_matches(location[-1], list(model.model_fields) if model else [], n=1)
+        return f"{path}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
+    if detail["type"] == "missing":
+        return f"{path}: missing"
+    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return f"{path}: value {detail['input']!r} {message}"

@@ -1,0 +1,1 @@
+"""Registered models, their runs, and the ledger."""

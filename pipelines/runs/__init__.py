@@ -1,0 +1,1 @@
+"""A run's workspace: created, executed through DVC, published to MLflow, replayed."""

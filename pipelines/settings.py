@@ -1,0 +1,75 @@
+"""The environment, as one frozen model: where things lie on this machine, never what the pipeline computes.
+
+Every field is an environment variable, `PERCH_` and the field's name in capitals; the defaults need no server.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+def _find_project() -> Path:
+    """The nearest folder upwards that holds `dvc.yaml` and `params.yaml`, else the current one."""
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "dvc.yaml").is_file() and (folder / "params.yaml").is_file():
+            return folder
+    return here
+
+
+class Settings(BaseSettings):
+    """Where Perch finds and keeps things."""
+
+    model_config = SettingsConfigDict(env_prefix="PERCH_", frozen=True, extra="ignore", env_ignore_empty=True)
+
+    project_dir: Path = Field(default_factory=_find_project, description="Folder with params.yaml and dvc.yaml.")
+    home: Path = Field(
+        default_factory=lambda: _find_project() / ".perch", description="Everything Perch writes on this machine."
+    )
+    mlflow_uri: str = Field("", description="MLflow's tracking server; empty uses a SQLite file in the home.")
+    database_url: str = Field("", description="SQLAlchemy URL of the ledger; empty uses a SQLite file in the home.")
+    airflow_uri: str = Field("", description="Airflow's address, for links; empty leaves the links out.")
+    notice_urls: str = Field("", description="Apprise URLs that get notices, separated by spaces; empty logs them.")
+    workers: int = Field(0, ge=0, description="Threads that decode images; 0 takes one per core.")
+    s3_endpoint_url: str = Field("", description="Endpoint of an S3-compatible store; empty is AWS.")
+
+    @property
+    def runs_dir(self) -> Path:
+        """One folder per run."""
+        return self.home / "runs"
+
+    @property
+    def dvc_cache_dir(self) -> Path:
+        """The cache that all runs share."""
+        return self.home / "dvc-cache"
+
+    @property
+    def ingest_cache_dir(self) -> Path:
+        """What earlier ingestions read, so that the next reads only what is new."""
+        return self.home / "ingest-cache"
+
+    @property
+    def tracking_uri(self) -> str:
+        """The MLflow tracking URI to use."""
+        return self.mlflow_uri or f"sqlite:///{self.home / 'mlflow' / 'mlflow.db'}"
+
+    @property
+    def ledger_url(self) -> str:
+        """The SQLAlchemy URL to use."""
+        return self.database_url or f"sqlite:///{self.home / 'ledger.db'}"
+
+    @property
+    def decode_workers(self) -> int:
+        """Threads to decode with."""
+        return self.workers or len(os.sched_getaffinity(0))
+
+
+@cache
+def get_settings() -> Settings:
+    """The settings of this process, read once, at the first call."""
+    return Settings()

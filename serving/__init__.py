@@ -1,0 +1,1 @@
+"""The prediction service built from a registered model."""
