@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 from functools import cache
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -22,13 +23,17 @@ def _find_project() -> Path:
     return here
 
 
+# Stages run in their workspace's folder, so a relative path must be settled before it travels to them.
+Folder = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+
+
 class Settings(BaseSettings):
     """Where Perch finds and keeps things."""
 
     model_config = SettingsConfigDict(env_prefix="PERCH_", frozen=True, extra="ignore", env_ignore_empty=True)
 
-    project_dir: Path = Field(default_factory=_find_project, description="Folder with params.yaml and dvc.yaml.")
-    home: Path = Field(
+    project_dir: Folder = Field(default_factory=_find_project, description="Folder with params.yaml and dvc.yaml.")
+    home: Folder = Field(
         default_factory=lambda: _find_project() / ".perch", description="Everything Perch writes on this machine."
     )
     mlflow_uri: str = Field("", description="MLflow's tracking server; empty uses a SQLite file in the home.")

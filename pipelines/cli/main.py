@@ -1,0 +1,61 @@
+"""The `perch` command: one subcommand per stage, and the commands around runs, models and services.
+
+Only light imports stand at the top, here and in the modules beside it: `perch --help` must answer at once.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.console import Console
+
+from pipelines import __version__
+from pipelines.cli import expectations, ledger, models, params, runs, services, stages
+from pipelines.errors import PerchError
+
+app = typer.Typer(
+    name="perch",
+    help="Retrains an image classifier, proves that the new model is better, and registers it with its evidence.\n\n"
+    "Start with [bold]perch demo[/bold]; or edit params.yaml and say [bold]perch run[/bold].  Each stage of dvc.yaml is a "
+    "command of its own.",
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    add_completion=False,
+)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"perch {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Hold the options that stand before a subcommand."""
+
+
+stages.add_commands(app)
+runs.add_commands(app)
+services.add_commands(app)
+app.command("params", rich_help_panel="Look and check")(params.show)
+app.add_typer(models.app, name="models", rich_help_panel="Look and check")
+app.add_typer(ledger.app, name="ledger", rich_help_panel="Look and check")
+app.add_typer(expectations.app, name="expectations", rich_help_panel="Look and check")
+
+
+def main() -> None:
+    """Run the command line; an error meant for a person is printed as it is, without a traceback."""
+    try:
+        app()
+    except PerchError as error:
+        console = Console(stderr=True, highlight=False)
+        console.print("refused:" if error.exit_code == 65 else "failed:", style="bold red", end=" ")
+        console.print(str(error), markup=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,77 @@
+"""`perch up`, `down`, `status` and `demo`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+_PANEL = "Services on this machine"
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add the commands that start, show and end services."""
+    app.command("demo", rich_help_panel="Run")(demo)
+    app.command("up", rich_help_panel=_PANEL)(up)
+    app.command("status", rich_help_panel=_PANEL)(status)
+    app.command("down", rich_help_panel=_PANEL)(down)
+
+
+def up() -> None:
+    """Start MLflow and Airflow here, supervised, on free ports; what already runs is left alone."""
+    from rich.console import Console
+
+    from pipelines.services.secrets import passwords_file
+    from pipelines.services.stack import Stack
+    from pipelines.settings import get_settings
+
+    settings = get_settings()
+    console = Console()
+    with console.status("starting services") as spinner:
+        ports = Stack(settings).up(spinner.update)
+    console.print(f"MLflow   {ports.mlflow_uri}\nAirflow  {ports.airflow_uri}  (admin / see {passwords_file(settings)})")
+
+
+def status() -> None:
+    """Show what runs, where, and how much memory it takes; exit code 1 when nothing or not all of it runs."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from pipelines.services.stack import Stack
+    from pipelines.settings import get_settings
+
+    stack = Stack(get_settings())
+    states = stack.status()
+    console = Console()
+    if not states:
+        console.print("nothing is up; `perch up` starts MLflow and Airflow")
+        raise typer.Exit(1)
+    table = Table("program", "state", box=None)
+    for program, state in states.items():
+        table.add_row(program, f"[{'green' if state == 'RUNNING' else 'red'}]{state}")
+    console.print(table)
+    ports = stack.ports()
+    console.print(f"MLflow   {ports.mlflow_uri}\nAirflow  {ports.airflow_uri}\nmemory   {stack.memory_bytes() / 1e9:.1f} GB")
+    if any(state != "RUNNING" for state in states.values()):
+        raise typer.Exit(1)
+
+
+def down() -> None:
+    """End every service that `perch up` started, and whatever is left of them."""
+    from pipelines.services.stack import Stack
+    from pipelines.settings import get_settings
+
+    ended = Stack(get_settings()).down()
+    typer.echo("all services ended" if ended else "nothing was up")
+
+
+def demo(
+    exit_: Annotated[
+        bool, typer.Option("--exit", envvar="DEMO_EXIT", help="End at the end, with a status code, instead of staying up.")
+    ] = False,
+) -> None:
+    """Train digits for two consecutive weeks in a real Airflow, into a real MLflow; everything stays on this machine."""
+    from pipelines.services.demo import run_demo
+    from pipelines.settings import get_settings
+
+    run_demo(get_settings(), stay=not exit_)

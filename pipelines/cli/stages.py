@@ -1,0 +1,136 @@
+"""One subcommand per stage, made from the modules in `pipelines/stages`, and `perch run` for all of them."""
+
+from __future__ import annotations
+
+import ast
+import json
+import pkgutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipelines import stages as stages_package
+
+_PANEL = "Stages"
+
+RunOption = Annotated[
+    str | None, typer.Option("--run", metavar="ID", help="Do it as part of this run, through DVC, recorded in MLflow.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a parameter, e.g. model_training.epochs=3; repeatable."),
+]
+ConfOption = Annotated[str, typer.Option("--conf", help="The same as one JSON object of dotted keys.")]
+AsOfOption = Annotated[str | None, typer.Option("--as-of", metavar="DATE", help="Take what had arrived by this date.")]
+ByOption = Annotated[str, typer.Option("--by", help="Who asked for the run.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON in the last line.")]
+
+
+def stage_names() -> list[str]:
+    """Every stage that has a module."""
+    return [module.name for module in pkgutil.iter_modules(stages_package.__path__)]
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add the stages' commands and `perch run`."""
+    for name in stage_names():
+        app.command(name, help=_describe(name), rich_help_panel=_PANEL)(_command(name))
+    app.command("run", rich_help_panel="Run")(run)
+
+
+def run(
+    run_id: Annotated[str | None, typer.Option("--run", metavar="ID", help="Name the run; by default its time.")] = None,
+    set_: SetOption = None,
+    as_of: AsOfOption = None,
+) -> None:
+    """Run the whole pipeline here, without Airflow, up to the registered model; what did not change is not redone."""
+    from datetime import UTC, datetime
+
+    from pipelines.runs.pipeline import pipeline_steps
+    from pipelines.settings import get_settings
+
+    settings = get_settings()
+    run_id = run_id or datetime.now(UTC).strftime("local__%Y-%m-%dT%H-%M-%S")
+    typer.secho(f"run {run_id} · {settings.runs_dir}", bold=True)
+    for stage in pipeline_steps(settings):
+        _run_step(stage, run_id, parse_overrides(set_, "{}"), as_of, "command line", as_json=False)
+
+
+def parse_overrides(pairs: list[str] | None, conf: str) -> dict[str, Any]:
+    """Merge `--set key=value` pairs (YAML values) over `--conf` (a JSON object).
+
+    Raises:
+        Refusal: a pair has no `=`, or the JSON is not an object.
+    """
+    import yaml
+
+    from pipelines.errors import Refusal
+
+    try:
+        overrides = json.loads(conf)
+    except ValueError:
+        overrides = None
+    if not isinstance(overrides, dict):
+        raise Refusal("--conf", conf, limit="one JSON object of dotted keys", way_out='e.g. {"model_training.epochs": 3}')
+    for pair in pairs or []:
+        key, separator, value = pair.partition("=")
+        if not separator:
+            raise Refusal("--set", pair, limit="KEY=VALUE", way_out="e.g. --set model_training.epochs=3")
+        overrides[key.strip()] = yaml.safe_load(value)
+    return overrides
+
+
+def _command(name: str) -> Callable[..., None]:
+    def command(
+        run: RunOption = None,
+        set_: SetOption = None,
+        conf: ConfOption = "{}",
+        as_of: AsOfOption = None,
+        by: ByOption = "command line",
+        as_json: JsonOption = False,
+    ) -> None:
+        from pipelines.runs.locking import die_with_parent
+
+        die_with_parent()
+        if run is None:
+            from pipelines.core.workspace import Workspace
+            from pipelines.runs.stages import run_bare
+
+            result = run_bare(name, Workspace(Path.cwd())).model_dump(mode="json")
+            typer.echo(json.dumps(result) if as_json else f"{name}: {result['summary']}")
+        else:
+            _run_step(name, run, parse_overrides(set_, conf), as_of, by, as_json=as_json)
+
+    return command
+
+
+def _run_step(
+    stage: str, run_id: str, overrides: dict[str, Any], as_of: str | None, by: str, *, as_json: bool
+) -> None:
+    import time
+    from datetime import date
+
+    from pipelines.runs.pipeline import run_step
+    from pipelines.settings import get_settings
+
+    started = time.monotonic()
+    outcome = run_step(
+        get_settings(),
+        run_id,
+        stage,
+        overrides=overrides,
+        as_of=date.fromisoformat(as_of[:10]) if as_of else None,
+        requested_by=by,
+    )
+    if as_json:
+        typer.echo(json.dumps(outcome))
+    else:
+        typer.echo(f"  {stage:<20}  {outcome['summary']:<58} {time.monotonic() - started:6.1f} s")
+
+
+def _describe(stage: str) -> str:
+    """A stage's help is its module's docstring, read without importing the module: that would take seconds."""
+    file = Path(stages_package.__path__[0]) / f"{stage}.py"
+    return ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""

@@ -1,0 +1,72 @@
+"""One step of a run, from opening the workspace to the record in MLflow; and the order of the steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import date
+from typing import Any
+
+from pipelines.core.workspace import Workspace
+from pipelines.errors import PerchError
+from pipelines.params import Params, load_params
+from pipelines.runs.stages import run_in_workspace, stage_graph
+from pipelines.runs.workspaces import open_workspace
+from pipelines.settings import Settings
+
+STEPS_AFTER_DVC = ("model_registration",)  # they change the registry, so DVC, which would skip them, has no say
+
+
+def pipeline_steps(settings: Settings) -> list[str]:
+    """Every step of a run in order: the stages of `dvc.yaml`, then those with side effects."""
+    return [*_sorted(stage_graph(settings.project_dir)), *STEPS_AFTER_DVC]
+
+
+def run_step(
+    settings: Settings,
+    run_id: str,
+    stage: str,
+    *,
+    overrides: Mapping[str, Any],
+    as_of: date | None = None,
+    requested_by: str = "",
+) -> dict[str, Any]:
+    """Run one step of a run and record it; the first step opens the run.
+
+    Returns:
+        The stage's result, with `links`: title to address, where MLflow has a web address.
+
+    Raises:
+        PerchError: the stage refused or failed; its reports are recorded all the same.
+    """
+    workspace = open_workspace(settings, run_id, overrides, requested_by=requested_by, as_of=as_of)
+    params = load_params(workspace.params_file)
+    from pipelines.registry.tracking import ensure_run, publish_stage
+
+    mlflow_run_id = ensure_run(settings, params, workspace)
+    try:
+        result = run_in_workspace(settings, workspace, stage, mlflow_run_id=mlflow_run_id)
+    except PerchError:
+        publish_stage(settings, params, workspace, stage, mlflow_run_id)
+        raise
+    publish_stage(settings, params, workspace, stage, mlflow_run_id)
+    return {**result, "links": links(settings, workspace, params, stage, mlflow_run_id)}
+
+
+def links(
+    settings: Settings, workspace: Workspace, params: Params, stage: str, mlflow_run_id: str
+) -> dict[str, str]:
+    """Addresses of a step's MLflow run and of its reports."""
+    from pipelines.registry.tracking import artifact_url, run_url
+    from pipelines.runs.stages import read_result
+
+    found = {"MLflow run": run_url(settings, mlflow_run_id)}
+    for title, path in read_result(workspace, stage)["reports"].items():
+        found[title] = artifact_url(settings, mlflow_run_id, f"{stage}/{path.rsplit('/', 1)[-1]}")
+    return {title: address for title, address in found.items() if address}
+
+
+def _sorted(graph: Mapping[str, list[str]]) -> list[str]:
+    """Topological order that keeps the file's order where the graph leaves a choice."""
+    from graphlib import TopologicalSorter
+
+    return list(TopologicalSorter(graph).static_order())

@@ -1,0 +1,149 @@
+"""Runs stages: bare, in the workspace at hand (what `dvc.yaml` calls), or as part of a run, through DVC."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipelines.core.results import StageResult, write_json
+from pipelines.core.workspace import Workspace
+from pipelines.errors import EXIT_REFUSED, PerchError, Refusal, TryLater
+from pipelines.params import load_params
+from pipelines.runs.locking import DIE_WITH_PARENT, die_with_parent, hold
+from pipelines.settings import Settings
+
+_LOCK_WAIT_S = 30.0
+
+
+def run_bare(stage: str, workspace: Workspace) -> StageResult:
+    """Run one stage in this process and leave its result, or its refusal, as a file.
+
+    Raises:
+        PerchError: as the stage raised it; `refusals/<stage>.json` then holds it too, because DVC hides exit codes.
+    """
+    with hold(workspace.root / ".stage.lock", wait_s=_LOCK_WAIT_S):
+        refusal_file = workspace.refusal_file(stage)
+        refusal_file.unlink(missing_ok=True)
+        try:
+            params = load_params(workspace.params_file)
+            module = importlib.import_module(f"pipelines.stages.{stage}")
+            result: StageResult = module.run(params, workspace)
+        except PerchError as error:
+            write_json(refusal_file, _describe(error))
+            raise
+        except OSError as error:
+            if error.errno is None or error.strerror is None or "No space left" not in error.strerror:
+                raise
+            full = TryLater(f"{stage}: the disk is full ({error.filename})\n  what to do: free some space, then retry")
+            write_json(refusal_file, _describe(full))
+            raise full from error
+        write_json(workspace.result_file(stage), result.model_dump(mode="json"))
+        return result
+
+
+def run_in_workspace(
+    settings: Settings, workspace: Workspace, stage: str, *, mlflow_run_id: str = ""
+) -> dict[str, Any]:
+    """Run one stage of a run in a process of its own and return its result.
+
+    A stage of `dvc.yaml` goes through DVC, which skips what did not change and restores what any run has done
+    before.  Other stages have side effects and run each time.
+
+    Raises:
+        Refusal: the stage refused.
+        TryLater: the stage asked for another try, or another process is at work in the workspace.
+        PerchError: the stage's process ended in another way; its own log says how.
+    """
+    with hold(workspace.root / ".run.lock", wait_s=_LOCK_WAIT_S):
+        workspace.refusal_file(stage).unlink(missing_ok=True)
+        if stage in stage_graph(workspace.root):
+            command = [_tool("dvc"), "repro", "--quiet", "--single-item", stage]
+        else:
+            command = [sys.executable, "-m", "pipelines", stage]
+        code = _run_process(command, workspace, settings, mlflow_run_id)
+    if code == 0:
+        return read_result(workspace, stage)
+    raise _read_refusal(workspace, stage) or PerchError(
+        f"{stage}: its process ended with exit code {code} and no word of its own\n"
+        f"  what to do: read the log above; the workspace is {workspace.root}"
+    )
+
+
+def stage_graph(folder: Path) -> dict[str, list[str]]:
+    """The stages of a folder's `dvc.yaml`, each with the stages whose outputs it reads, in the file's order."""
+    stages = yaml.safe_load((folder / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    producers = {
+        next(iter(out)) if isinstance(out, dict) else out: name
+        for name, stage in stages.items()
+        for out in stage.get("outs", [])
+    }
+    return {
+        name: list(dict.fromkeys(producers[dep] for dep in stage.get("deps", []) if dep in producers))
+        for name, stage in stages.items()
+    }
+
+
+def read_result(workspace: Workspace, stage: str) -> dict[str, Any]:
+    """The result that a finished stage left."""
+    result: dict[str, Any] = json.loads(workspace.result_file(stage).read_text(encoding="utf-8"))
+    return result
+
+
+def _run_process(command: list[str], workspace: Workspace, settings: Settings, mlflow_run_id: str) -> int:
+    """Run a command in the workspace, its output passing through; SIGTERM and Ctrl-C reach it and are waited for."""
+    environment = {
+        **os.environ,
+        DIE_WITH_PARENT: "1",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        "PERCH_HOME": str(settings.home.resolve()),
+        "PERCH_PROJECT_DIR": str(settings.project_dir.resolve()),
+        "PYTHONDONTWRITEBYTECODE": "1",  # the workspace's copy of the code is an input, not a place for caches
+        "MLFLOW_TRACKING_URI": settings.tracking_uri,
+        "MLFLOW_RUN_ID": mlflow_run_id,  # training logs its curves there while it runs
+        "SHELL": "/bin/sh",  # DVC runs commands with the user's shell, which may be anything
+    }
+    # Nothing of the caller's may shadow the workspace's own copy of the code, which `python -m` puts first.
+    environment.pop("PYTHONPATH", None)
+    process = subprocess.Popen(command, cwd=workspace.root, env=environment, preexec_fn=die_with_parent)  # noqa: PLW1509
+
+    def forward(signum: int, _frame: object) -> None:
+        process.send_signal(signum)
+
+    previous = signal.signal(signal.SIGTERM, forward)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        return process.wait()  # the terminal has sent the child its own Ctrl-C
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def _tool(name: str) -> str:
+    """A command of this environment, whether or not the environment is activated."""
+    return str(Path(sys.executable).parent / name)
+
+
+def _describe(error: PerchError) -> dict[str, Any]:
+    fields = {key: getattr(error, key, "") for key in ("thing", "value", "limit", "way_out")}
+    return {"exit_code": error.exit_code, "message": str(error), **fields}
+
+
+def _read_refusal(workspace: Workspace, stage: str) -> PerchError | None:
+    file = workspace.refusal_file(stage)
+    if not file.is_file():
+        return None
+    record = json.loads(file.read_text(encoding="utf-8"))
+    if record["exit_code"] == EXIT_REFUSED:
+        return Refusal(record["thing"], record["value"], limit=record["limit"], way_out=record["way_out"])
+    return TryLater(record["message"])

@@ -1,0 +1,129 @@
+"""What runs beside the pipeline on one machine: MLflow and the parts of Airflow, each as a supervised program."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipelines.services.secrets import ROLES, ensure_airflow_keys, passwords_file
+from pipelines.settings import Settings
+
+HOST = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Program:
+    """A process to keep alive.
+
+    Attributes:
+        name: its name for the supervisor and for people.
+        command: program and arguments.
+        environment: what it needs beyond the common environment.
+        health_url: address that answers 200 when it is ready; empty when running is enough.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    environment: dict[str, str] = field(default_factory=dict)
+    health_url: str = ""
+
+
+@dataclass(frozen=True)
+class Ports:
+    """The TCP ports on the loopback interface."""
+
+    mlflow: int
+    airflow: int
+
+    @property
+    def mlflow_uri(self) -> str:
+        """MLflow's address."""
+        return f"http://{HOST}:{self.mlflow}"
+
+    @property
+    def airflow_uri(self) -> str:
+        """Airflow's address."""
+        return f"http://{HOST}:{self.airflow}"
+
+
+def tool(name: str) -> str:
+    """A command of this environment, whether or not the environment is activated."""
+    return str(Path(sys.executable).parent / name)
+
+
+def common_environment(settings: Settings, ports: Ports) -> dict[str, str]:
+    """Variables that every program gets; by PERCH_HOME `perch down` knows what belongs to it."""
+    return {
+        "PERCH_HOME": str(settings.home),
+        "PERCH_PROJECT_DIR": str(settings.project_dir),
+        "PERCH_MLFLOW_URI": ports.mlflow_uri,
+        "PERCH_AIRFLOW_URI": ports.airflow_uri,
+        "PYTHONUNBUFFERED": "1",
+        "GIT_PYTHON_REFRESH": "quiet",
+    }
+
+
+def airflow_environment(settings: Settings, ports: Ports) -> dict[str, str]:
+    """Airflow's configuration: LocalExecutor over SQLite, log-ins from a file, quick to notice and to schedule."""
+    home = settings.home / "airflow"
+    return {
+        **common_environment(settings, ports),
+        **ensure_airflow_keys(settings),
+        "AIRFLOW_HOME": str(home),
+        # DAG files are imported as the package `dags`; the pipelines' own processes do not see this variable.
+        "PYTHONPATH": str(settings.project_dir),
+        "AIRFLOW__CORE__DAGS_FOLDER": str(settings.project_dir / "dags"),
+        "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+        "AIRFLOW__CORE__EXECUTOR": "LocalExecutor",
+        "AIRFLOW__CORE__PARALLELISM": "4",
+        "AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION": "False",
+        "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_USERS": ",".join(f"{user}:{role}" for user, role in ROLES.items()),
+        "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE": str(passwords_file(settings)),
+        "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"{ports.airflow_uri}/execution/",
+        "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{home / 'airflow.db'}",
+        "AIRFLOW__API__HOST": HOST,
+        "AIRFLOW__API__PORT": str(ports.airflow),
+        "AIRFLOW__API__BASE_URL": ports.airflow_uri,
+        "AIRFLOW__API__WORKERS": "1",
+        "AIRFLOW__API__EXPOSE_CONFIG": "False",
+        "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "10",
+        "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "15",
+        "AIRFLOW__SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.2",
+        "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "120",
+        "AIRFLOW__WORKERS__EXECUTION_API_TIMEOUT": "60",
+        "AIRFLOW__LOGGING__BASE_LOG_FOLDER": str(home / "logs"),
+        "AIRFLOW__LOGGING__LOGGING_LEVEL": "INFO",
+        "AIRFLOW__USAGE_DATA_COLLECTION__ENABLED": "False",
+    }
+
+
+def mlflow_program(settings: Settings, ports: Ports) -> Program:
+    """The tracking server and registry, over SQLite and a folder, without its job runner (0.6 GB)."""
+    folder = settings.home / "mlflow"
+    return Program(
+        name="mlflow",
+        command=(
+            *(tool("mlflow"), "server", "--host", HOST, "--port", str(ports.mlflow), "--workers", "1"),
+            *("--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"),
+            *("--artifacts-destination", str(folder / "artifacts")),
+        ),
+        environment={
+            **common_environment(settings, ports),
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+        },
+        health_url=f"{ports.mlflow_uri}/health",
+    )
+
+
+def airflow_programs(settings: Settings, ports: Ports) -> list[Program]:
+    """Airflow's four processes, in the order they must start: a scheduler before its API loses resumed tasks."""
+    environment = airflow_environment(settings, ports)
+    airflow = tool("airflow")
+    return [
+        Program("airflow-api", (airflow, "api-server"), environment, f"{ports.airflow_uri}/execution/health"),
+        Program("airflow-scheduler", (airflow, "scheduler"), environment),
+        Program("airflow-triggerer", (airflow, "triggerer"), environment),
+        Program("airflow-dag-processor", (airflow, "dag-processor"), environment),
+    ]

@@ -1,0 +1,289 @@
+"""Starts, shows and ends the services on one machine, under supervisord; nothing of theirs survives `down`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import xmlrpc.client
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pipelines.core.results import write_json
+from pipelines.errors import PerchError, Refusal, TryLater
+from pipelines.services.programs import HOST, Ports, Program, airflow_environment, airflow_programs, mlflow_program, tool
+from pipelines.services.secrets import ensure_passwords
+from pipelines.settings import Settings
+
+PREFERRED_PORTS = Ports(mlflow=5001, airflow=8080)
+_START_LIMIT_S = 240.0
+_STOP_LIMIT_S = 30.0
+
+Report = Callable[[str], None]
+
+
+class Stack:
+    """The supervised services of one PERCH_HOME."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.folder = settings.home / "services"
+        # A Unix socket's path may have 107 bytes, a checkout's may have more.
+        digest = sha256(str(settings.home).encode()).hexdigest()[:12]
+        self.socket = Path(tempfile.gettempdir()) / f"perch-{os.getuid()}-{digest}.sock"
+
+    def up(self, report: Report) -> Ports:
+        """Start what is not running and wait until it answers.
+
+        Raises:
+            Refusal: a preferred port is taken and was asked for by environment.
+            PerchError: a program ended or did not answer in time; the message holds its log's last lines.
+        """
+        running = self.status()
+        if running and all(state == "RUNNING" for state in running.values()):
+            return self.ports()
+        self.down()
+        _refuse_missing_tools()
+        ports = _choose_ports()
+        programs = [mlflow_program(self.settings, ports), *airflow_programs(self.settings, ports)]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        ensure_passwords(self.settings)
+        write_json(self.folder / "ports.json", asdict(ports))
+        config = self.folder / "supervisord.conf"
+        config.touch(mode=0o600)
+        config.write_text(_render_config(self, programs), encoding="utf-8")
+        subprocess.run(
+            [tool("supervisord"), "--configuration", str(config)], check=True, cwd=self.folder, env=self._environment()
+        )
+        self._start(programs[:1], report)
+        self._migrate_airflow(ports, report)
+        self._start(programs[1:], report)
+        return ports
+
+    def down(self) -> bool:
+        """End every service and whatever they left; True when there was something to end."""
+        supervisor = self._supervisor()
+        found = supervisor is not None
+        if supervisor is not None:
+            pid = supervisor.supervisor.getPID()
+            supervisor.supervisor.shutdown()
+            _wait_until(lambda: not psutil.pid_exists(pid), _STOP_LIMIT_S)
+        # A supervisor that was killed leaves its children behind; they carry this home in their environment.
+        strays = list(self._strays())
+        for process in strays:
+            _signal(process, process.terminate)
+        _, alive = psutil.wait_procs(strays, timeout=10)
+        for process in alive:
+            _signal(process, process.kill)
+        self.socket.unlink(missing_ok=True)
+        return found or bool(strays)
+
+    def status(self) -> dict[str, str]:
+        """Program name to supervisor's state (RUNNING, STARTING, BACKOFF, …); empty when nothing is up."""
+        supervisor = self._supervisor()
+        if supervisor is None:
+            return {}
+        return {info["name"]: info["statename"] for info in supervisor.supervisor.getAllProcessInfo()}
+
+    def ports(self) -> Ports:
+        """The ports chosen by the last `up`."""
+        return Ports(**json.loads((self.folder / "ports.json").read_text(encoding="utf-8")))
+
+    def log_tail(self, program: str, lines: int = 15) -> str:
+        """The last lines of a program's log."""
+        file = self.folder / f"{program}.log"
+        return "\n".join(file.read_text(errors="replace").splitlines()[-lines:]) if file.is_file() else "(no log)"
+
+    def memory_bytes(self) -> int:
+        """Proportional set size of everything the supervisor started, in bytes: pages shared by forks count once."""
+        supervisor = self._supervisor()
+        if supervisor is None:
+            return 0
+        root = psutil.Process(supervisor.supervisor.getPID())
+        total = 0
+        for process in [root, *root.children(recursive=True)]:
+            try:
+                total += process.memory_full_info().pss
+            except psutil.Error:
+                continue
+        return total
+
+    def _start(self, programs: list[Program], report: Report) -> None:
+        for program in programs:
+            report(f"starting {program.name}")
+            self._require_supervisor().supervisor.startProcess(program.name, False)
+            if program.health_url:
+                self._wait_healthy(program)
+
+    def _wait_healthy(self, program: Program) -> None:
+        def ready() -> bool:
+            state = self.status().get(program.name)
+            if state not in {"STARTING", "RUNNING"}:
+                raise PerchError(f"{program.name} ended while starting ({state}):\n{self.log_tail(program.name)}")
+            return _answers(program.health_url)
+
+        if not _wait_until(ready, _START_LIMIT_S):
+            raise TryLater(
+                f"{program.name}: no answer at {program.health_url} after {_START_LIMIT_S:.0f} s\n"
+                f"{self.log_tail(program.name)}\n  what to do: look at {self.folder}/{program.name}.log, then `perch up` again"
+            )
+
+    def _migrate_airflow(self, ports: Ports, report: Report) -> None:
+        environment = {**os.environ, **airflow_environment(self.settings, ports)}
+        log = self.folder / "airflow-migrate.log"
+        report("preparing Airflow's database")
+        with log.open("w", encoding="utf-8") as output:
+            code = subprocess.run(
+                [tool("airflow"), "db", "migrate"], env=environment, stdout=output, stderr=subprocess.STDOUT, check=False
+            ).returncode
+        if code:
+            raise PerchError(f"airflow db migrate ended with {code}:\n{self.log_tail('airflow-migrate')}")
+
+    def _supervisor(self) -> Any | None:
+        if not self.socket.exists():
+            return None
+        proxy = self._proxy()
+        try:
+            proxy.supervisor.getPID()
+        except (OSError, xmlrpc.client.Error):
+            return None
+        return proxy
+
+    def _require_supervisor(self) -> Any:
+        supervisor = self._supervisor()
+        if supervisor is None:
+            raise PerchError(f"supervisord is gone\n  what to do: look at {self.folder}/supervisord.log")
+        return supervisor
+
+    def _proxy(self) -> Any:
+        from supervisor.xmlrpc import SupervisorTransport
+
+        return xmlrpc.client.ServerProxy(HOST, SupervisorTransport(serverurl=f"unix://{self.socket}"))
+
+    def _environment(self) -> dict[str, str]:
+        return {**os.environ, "PERCH_HOME": str(self.settings.home)}
+
+    def _strays(self) -> Iterator[psutil.Process]:
+        own = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
+        for process in psutil.process_iter():
+            try:
+                if process.pid not in own and process.environ().get("PERCH_HOME") == str(self.settings.home):
+                    yield process
+            except psutil.Error:
+                continue
+
+
+def _render_config(stack: Stack, programs: list[Program]) -> str:
+    """Supervisord's configuration; `%` would be expanded, so it is doubled."""
+    lines = [
+        "[supervisord]",
+        f"logfile={stack.folder / 'supervisord.log'}",
+        f"pidfile={stack.folder / 'supervisord.pid'}",
+        "nodaemon=false",
+        "[unix_http_server]",
+        f"file={stack.socket}",
+        "chmod=0700",
+        "[rpcinterface:supervisor]",
+        "supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface",
+    ]
+    for program in programs:
+        environment = ",".join(f'{key}="{value}"' for key, value in sorted(program.environment.items()))
+        lines += [
+            f"[program:{program.name}]",
+            f"command={' '.join(program.command)}",
+            f"environment={environment}",
+            "autostart=false",
+            "autorestart=true",
+            "startsecs=2",
+            "startretries=5",
+            # Servers here start children of their own; all of them must go.
+            "stopasgroup=true",
+            "killasgroup=true",
+            "stopwaitsecs=15",
+            "redirect_stderr=true",
+            f"stdout_logfile={stack.folder / (program.name + '.log')}",
+            "stdout_logfile_maxbytes=10MB",
+            "stdout_logfile_backups=2",
+        ]
+    return "\n".join(line.replace("%", "%%") for line in lines) + "\n"
+
+
+def _choose_ports() -> Ports:
+    """Ports asked for by environment, which must be free, else the usual ones, else any free ones."""
+    chosen: dict[str, int] = {}
+    for name, preferred in asdict(PREFERRED_PORTS).items():
+        variable = f"PERCH_{name.upper()}_PORT"
+        asked = os.environ.get(variable)
+        if asked is None:
+            chosen[name] = preferred if _is_free(preferred) else _any_free_port()
+        elif asked.isdigit() and 0 < int(asked) < 65536 and _is_free(int(asked)):
+            chosen[name] = int(asked)
+        else:
+            raise Refusal(
+                f"port {asked} for {name}",
+                "is taken by another program, or is no port",
+                limit="a free TCP port, 1 to 65535",
+                way_out=f"free it, or set {variable} to another, or unset it to have one chosen",
+            )
+    return Ports(**chosen)
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+    return True
+
+
+def _any_free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def _refuse_missing_tools() -> None:
+    for name in ("supervisord", "airflow", "mlflow"):
+        if shutil.which(name, path=str(Path(sys.executable).parent)) is None:
+            raise Refusal(
+                f"the program {name}", "is not in this environment", way_out="`make env` installs the lock file"
+            )
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=10) as response:  # noqa: S310 - always http on the loopback
+            return bool(response.status == 200)
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+def _wait_until(condition: Callable[[], bool], limit_s: float) -> bool:
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.2)
+    return False
+
+
+def _signal(process: psutil.Process, send: Callable[[], None]) -> None:
+    try:
+        send()
+    except psutil.NoSuchProcess:
+        return
