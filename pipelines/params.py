@@ -98,8 +98,10 @@ class DataPreprocessingParams(Section):
     size_px: int = Field(28, ge=8, le=1024, description="Side of the square the network sees.")
     channels: Literal[1, 3] = Field(1, description="1 grey, 3 colour.")
     resize: Literal["squash", "pad", "crop"] = Field("squash", description="How an oblong image becomes square.")
-    train_share: Share = 0.70
-    val_share: Share = 0.15
+    train_share: Share = Field(0.70, description="Share of the images to train on, where no splits are given.")
+    val_share: Share = Field(
+        0.15, description="Share that early stopping and tuning look at; the rest is the test split."
+    )
     outlier_z: Number = Field(8.0, gt=0, description="Robust deviations from the class's median that are too many.")
     min_images_per_class: int = Field(5, ge=1, description="Images that each class must have in each split.")
 
@@ -121,8 +123,13 @@ class FeatureEngineeringParams(Section):
 class SmallCNNParams(Section):
     """The network for small images."""
 
-    widths: Annotated[list[Annotated[int, Field(ge=4, le=1024)]], Field(min_length=1, max_length=6)] = [32, 64, 128]
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    widths: list[Annotated[int, Field(ge=4, le=1024)]] = Field(
+        [32, 64, 128],
+        min_length=1,
+        max_length=6,
+        description="Channels of each block; a block halves the image's side.",
+    )
+    dropout: Number = Field(0.2, ge=0, lt=1, description="Share of the last features dropped at random in training.")
 
 
 class HuggingFaceParams(Section):
@@ -136,54 +143,59 @@ class AugmentationParams(Section):
     """Random changes of training images, safe for X-rays by default: nothing is mirrored unless asked."""
 
     shift: Share = Field(0.06, description="Largest shift, as a share of the image's side.")
-    rotation_deg: Annotated[Number, Field(ge=0, le=180)] = 8.0
-    scale: Annotated[Number, Field(ge=0, lt=1)] = 0.05
-    contrast: Annotated[Number, Field(ge=0, lt=1)] = 0.15
-    brightness: Annotated[Number, Field(ge=0, lt=1)] = 0.1
-    noise: Annotated[Number, Field(ge=0, lt=1)] = Field(0.0, description="Deviation of added noise, of full scale.")
-    flip_horizontal: bool = False
-    flip_vertical: bool = False
+    rotation_deg: Number = Field(8.0, ge=0, le=180, description="Largest rotation, either way.")
+    scale: Number = Field(0.05, ge=0, lt=1, description="Largest change of size, as a share.")
+    contrast: Number = Field(0.15, ge=0, lt=1, description="Largest change of contrast, as a share.")
+    brightness: Number = Field(0.1, ge=0, lt=1, description="Largest change of brightness, as a share of full scale.")
+    noise: Number = Field(0.0, ge=0, lt=1, description="Deviation of added noise, of full scale.")
+    flip_horizontal: bool = Field(False, description="Mirror left and right; wrong where sides mean something.")
+    flip_vertical: bool = Field(False, description="Mirror top and bottom.")
 
 
 class ModelTrainingParams(Section):
     """The network, how it is trained, and what its export must satisfy."""
 
-    network: Literal["small_cnn", "huggingface"] = "small_cnn"
+    network: Literal["small_cnn", "huggingface"] = Field("small_cnn", description="Which of the two networks below.")
     small_cnn: SmallCNNParams = SmallCNNParams()
     huggingface: HuggingFaceParams = HuggingFaceParams()
-    epochs: int = Field(20, ge=1, le=1000)
-    batch_size: int = Field(64, ge=1, le=4096)
-    learning_rate: Annotated[Number, Field(gt=0, le=1)] = 0.003
-    weight_decay: Annotated[Number, Field(ge=0, le=1)] = 0.01
-    schedule: Literal["constant", "cosine", "one_cycle"] = "one_cycle"
-    label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = 0.05
-    weight_averaging: Annotated[Number, Field(ge=0, lt=1)] = Field(
-        0.0, description="Decay of the moving average of the weights that is evaluated and exported; 0 is off."
+    epochs: int = Field(20, ge=1, le=1000, description="Passes over the training split, at most.")
+    batch_size: int = Field(64, ge=1, le=4096, description="Images per step of the optimiser.")
+    learning_rate: Number = Field(0.003, gt=0, le=1, description="Of AdamW; the schedule's peak.")
+    weight_decay: Number = Field(0.01, ge=0, le=1, description="Of AdamW.")
+    schedule: Literal["constant", "cosine", "one_cycle"] = Field(
+        "one_cycle", description="Course of the learning rate over the epochs."
     )
-    class_weights: bool = True
+    label_smoothing: Number = Field(0.05, ge=0, lt=1, description="Share of each label spread over all classes.")
+    weight_averaging: Number = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Decay of the moving average of the weights that is evaluated and exported; 0 is off.",
+    )
+    class_weights: bool = Field(True, description="Weigh the loss so that rare classes count as much as common ones.")
     patience_epochs: int = Field(5, ge=1, description="Epochs without a better val/loss before training stops.")
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
-    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = Field("32-true", description="Lightning's precision.")
+    accelerator: Literal["auto", "cpu", "gpu"] = Field("auto", description="Where to train; `auto` takes a GPU if any.")
     augmentation: AugmentationParams = AugmentationParams()
     trials: int = Field(0, ge=0, le=1000, description="Optuna trials before the final training; 0 is off.")
     trial_epochs: int = Field(6, ge=1, le=1000, description="Epochs of one trial.")
-    max_parity_difference: Annotated[Number, Field(gt=0, le=1)] = Field(
-        1e-3, description="Largest difference of a probability between ONNX and PyTorch."
+    max_parity_difference: Number = Field(
+        1e-3, gt=0, le=1, description="Largest difference of a probability between ONNX and PyTorch."
     )
     int8: bool = Field(True, description="Also try an int8 variant; kept only if it is faster and not worse.")
-    min_int8_speedup: Annotated[Number, Field(ge=1)] = 1.2
+    min_int8_speedup: Number = Field(1.2, ge=1, description="How many times faster the int8 variant must be.")
 
 
 class ModelEvaluationParams(Section):
     """The gate's numbers."""
 
-    confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
-    bootstrap_samples: int = Field(1000, ge=100, le=100_000)
+    confidence: float = Field(0.95, ge=0.5, lt=1, description="Of every interval.")
+    bootstrap_samples: int = Field(1000, ge=100, le=100_000, description="Resamples behind a bootstrap interval.")
     min_accuracy: Share = Field(0.85, description="Floor on the lower confidence bound of test accuracy.")
     max_accuracy_drop: Share = Field(0.02, description="Non-inferiority margin against the champion.")
-    max_class_recall_drop: Share = Field(0.10, description="Likewise per class.")
-    max_slice_accuracy_drop: Share = Field(0.10, description="Likewise per slice.")
-    max_calibration_error: Share = 0.15
+    max_class_recall_drop: Share = Field(0.10, description="Non-inferiority margin for the recall of each class.")
+    max_slice_accuracy_drop: Share = Field(0.10, description="Non-inferiority margin for the accuracy of each slice.")
+    max_calibration_error: Share = Field(0.15, description="Expected calibration error on the test split.")
     min_slice_images: int = Field(20, ge=1, description="Smaller slices are shown but not judged.")
     min_behaviour_agreement: Share = Field(0.90, description="Predictions that must survive harmless changes.")
     worst_errors: int = Field(12, ge=0, le=100, description="Pictures of the worst errors in the model card.")
@@ -192,15 +204,17 @@ class ModelEvaluationParams(Section):
 class ModelRegistrationParams(Section):
     """How a model that passed is entered in the registry."""
 
-    candidate_alias: Name = "candidate"
+    candidate_alias: Name = Field("candidate", description="MLflow alias of the latest version that passed.")
 
 
 class Params(Section):
     """The whole of `params.yaml`."""
 
     dataset: Name = Field(description="Names the data and the folder of its expectations.")
-    model_name: Name = Field(description="<domain>-<task>, the registered model's name.")
-    seed: int = Field(7, ge=0, le=2**31 - 1)
+    model_name: Name = Field(description="The registered model's name, `<domain>-<task>`.")
+    seed: int = Field(
+        7, ge=0, le=2**31 - 1, description="Of every random choice: equal seeds give equal weights on a CPU."
+    )
     data_ingestion: DataIngestionParams = DataIngestionParams()
     data_validation: DataValidationParams = DataValidationParams()
     data_preprocessing: DataPreprocessingParams = DataPreprocessingParams()
