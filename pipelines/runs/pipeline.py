@@ -6,19 +6,21 @@ from collections.abc import Mapping
 from datetime import date
 from typing import Any
 
+from pipelines.core.stage_graph import read_stage_graph
 from pipelines.core.workspace import Workspace
 from pipelines.errors import PerchError
 from pipelines.params import Params, load_params
-from pipelines.runs.stages import run_in_workspace, stage_graph
+from pipelines.runs.stages import read_result, run_in_workspace
 from pipelines.runs.workspaces import open_workspace
 from pipelines.settings import Settings
 
-STEPS_AFTER_DVC = ("model_registration",)  # they change the registry, so DVC, which would skip them, has no say
+# They change the registry or tell people, so DVC, which would skip them, has no say.
+STEPS_AFTER_DVC = ("model_registration", "notify_team")
 
 
 def pipeline_steps(settings: Settings) -> list[str]:
     """Every step of a run in order: the stages of `dvc.yaml`, then those with side effects."""
-    return [*_sorted(stage_graph(settings.project_dir)), *STEPS_AFTER_DVC]
+    return [*(node.name for node in read_stage_graph(settings.project_dir / "dvc.yaml")), *STEPS_AFTER_DVC]
 
 
 def run_step(
@@ -57,16 +59,8 @@ def links(
 ) -> dict[str, str]:
     """Addresses of a step's MLflow run and of its reports."""
     from pipelines.registry.tracking import artifact_url, run_url
-    from pipelines.runs.stages import read_result
 
     found = {"MLflow run": run_url(settings, mlflow_run_id)}
     for title, path in read_result(workspace, stage)["reports"].items():
         found[title] = artifact_url(settings, mlflow_run_id, f"{stage}/{path.rsplit('/', 1)[-1]}")
     return {title: address for title, address in found.items() if address}
-
-
-def _sorted(graph: Mapping[str, list[str]]) -> list[str]:
-    """Topological order that keeps the file's order where the graph leaves a choice."""
-    from graphlib import TopologicalSorter
-
-    return list(TopologicalSorter(graph).static_order())

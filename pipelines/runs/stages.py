@@ -11,9 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pipelines.core.results import StageResult, write_json
+from pipelines.core.stage_graph import read_stage_graph
 from pipelines.core.workspace import Workspace
 from pipelines.errors import EXIT_REFUSED, PerchError, Refusal, TryLater
 from pipelines.params import load_params
@@ -64,7 +63,7 @@ def run_in_workspace(
     """
     with hold(workspace.root / ".run.lock", wait_s=_LOCK_WAIT_S):
         workspace.refusal_file(stage).unlink(missing_ok=True)
-        if stage in stage_graph(workspace.root):
+        if stage in {node.name for node in read_stage_graph(workspace.root / "dvc.yaml")}:
             command = [_tool("dvc"), "repro", "--quiet", "--single-item", stage]
         else:
             command = [sys.executable, "-m", "pipelines", stage]
@@ -75,20 +74,6 @@ def run_in_workspace(
         f"{stage}: its process ended with exit code {code} and no word of its own\n"
         f"  what to do: read the log above; the workspace is {workspace.root}"
     )
-
-
-def stage_graph(folder: Path) -> dict[str, list[str]]:
-    """The stages of a folder's `dvc.yaml`, each with the stages whose outputs it reads, in the file's order."""
-    stages = yaml.safe_load((folder / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    producers = {
-        next(iter(out)) if isinstance(out, dict) else out: name
-        for name, stage in stages.items()
-        for out in stage.get("outs", [])
-    }
-    return {
-        name: list(dict.fromkeys(producers[dep] for dep in stage.get("deps", []) if dep in producers))
-        for name, stage in stages.items()
-    }
 
 
 def read_result(workspace: Workspace, stage: str) -> dict[str, Any]:

@@ -170,7 +170,7 @@ class Stack:
     def _proxy(self) -> Any:
         from supervisor.xmlrpc import SupervisorTransport
 
-        return xmlrpc.client.ServerProxy(HOST, SupervisorTransport(serverurl=f"unix://{self.socket}"))
+        return xmlrpc.client.ServerProxy(f"http://{HOST}", SupervisorTransport(serverurl=f"unix://{self.socket}"))
 
     def _environment(self) -> dict[str, str]:
         return {**os.environ, "PERCH_HOME": str(self.settings.home)}

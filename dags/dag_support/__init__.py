@@ -1,0 +1,1 @@
+"""What the DAG files share: stages as tasks, the trigger form, notices."""

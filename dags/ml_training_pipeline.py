@@ -1,0 +1,45 @@
+"""From the source's images to a registered model, every Sunday at 02:00 UTC: the stages of `dvc.yaml`, then the registry."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+from airflow.sdk import DAG, chain
+
+from dags.dag_support.form import form_params
+from dags.dag_support.notifiers import FailureNotice
+from dags.dag_support.project import PROJECT_DIR
+from dags.dag_support.stage_tasks import StageOperator
+from pipelines.core.stage_graph import read_stage_graph
+from pipelines.params import load_params
+
+with DAG(
+    dag_id="ml_training_pipeline",
+    description="From the source's images to a registered model, with the evidence that it is good enough.",
+    doc_md=__doc__,
+    schedule="0 2 * * 0",
+    start_date=datetime(2026, 1, 1, tzinfo=UTC),
+    catchup=False,
+    max_active_runs=1,
+    params=form_params(load_params(PROJECT_DIR / "params.yaml")),
+    default_args={
+        "owner": "perch",
+        "retries": 3,
+        "retry_delay": timedelta(seconds=15),
+        "retry_exponential_backoff": True,
+        "max_retry_delay": timedelta(minutes=10),
+        "on_failure_callback": FailureNotice(),
+    },
+    tags=["perch"],
+) as dag:
+    stages = read_stage_graph(PROJECT_DIR / "dvc.yaml")
+    tasks = {stage.name: StageOperator(stage=stage.name, doc_md=stage.description) for stage in stages}
+    for stage in stages:
+        for upstream in stage.upstream:
+            tasks[upstream] >> tasks[stage.name]
+    last = [tasks[stage.name] for stage in stages if not any(stage.name in other.upstream for other in stages)]
+    chain(
+        last,
+        StageOperator(stage="model_registration", doc_md="Register the model, if it passed the gate."),
+        StageOperator(stage="notify_team", doc_md="Tell the team what was registered and where its card is."),
+    )
