@@ -140,4 +140,4 @@ def test_link__first_record__has_hashes_that_never_change() -> None:
 
 def test_find_breaks__rows_missing__are_named_by_number() -> None:
     records = build([("registered", "m", str(n), {}) for n in range(5)])
-    assert "rows 2-3 are missing" in find_breaks([records[0], *records[3:]])[0]
+    assert "rows 2-3 missing" in find_breaks([records[0], *records[3:]])[0]
