@@ -1,0 +1,145 @@
+"""The reference pages, the decision records and the links between pages hold what they promise."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import click
+import pytest
+import typer
+
+from pipelines.cli.params_reference import render
+from pipelines.params import Params
+from pipelines.settings import Settings
+
+PROJECT = Path(__file__).parents[2]
+DOCS = PROJECT / "docs"
+RECORDS = sorted((DOCS / "adr").glob("[0-9]*.md"))
+PAGES = [*sorted(DOCS.rglob("*.md")), *sorted(PROJECT.glob("*.md"))]
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(PROJECT).as_posix())
+each_record = pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.name[:4])
+
+
+def _commands(group: click.Group, path: str = "perch") -> dict[str, click.Command]:
+    """Every command below a group by its full name, e.g. `perch models show`; groups that do something included."""
+    found: dict[str, click.Command] = {}
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            found |= _commands(command, f"{path} {name}")
+        if not isinstance(command, click.Group) or command.invoke_without_command:
+            found[f"{path} {name}"] = command
+    return found
+
+
+def _cli() -> dict[str, click.Command]:
+    from pipelines.cli.main import app
+
+    group = typer.main.get_command(app)
+    assert isinstance(group, click.Group)
+    return _commands(group)
+
+
+def test_params_page__as_committed__is_what_the_models_say() -> None:
+    assert (DOCS / "reference/params.md").read_text() == render() + "\n", (
+        "run `perch params --markdown > docs/reference/params.md`"
+    )
+
+
+def test_params__every_key__has_a_description() -> None:
+    schema = Params.model_json_schema()
+    bare = [
+        f"{section['title']}.{key}"
+        for section in (schema, *schema["$defs"].values())
+        for key, prop in section["properties"].items()
+        if "$ref" not in prop and not prop.get("description")
+    ]
+    assert not bare
+
+
+def test_settings_page__its_table__names_every_variable_and_no_other() -> None:
+    documented = re.findall(r"^\| `(PERCH_\w+)` \|", (DOCS / "reference/settings.md").read_text(), re.MULTILINE)
+    assert documented == [f"PERCH_{name.upper()}" for name in Settings.model_fields]
+
+
+def test_commands_page__its_tables__name_every_command_and_no_other() -> None:
+    documented = re.findall(r"^\| `(perch [\w ]+?)(?: [A-Z\[-].*)?` \|", _commands_page(), re.MULTILINE)
+    assert sorted(documented) == sorted(_cli())
+
+
+def test_commands_page__every_option__is_named() -> None:
+    page = _commands_page()
+    missing = {
+        f"{name} {option}"
+        for name, command in _cli().items()
+        for parameter in command.params
+        for option in parameter.opts
+        if option.startswith("--") and option not in page
+    }
+    assert not missing
+
+
+def test_command_line__every_command_and_option__has_a_help_text() -> None:
+    for name, command in _cli().items():
+        assert command.help, name
+        for parameter in command.params:
+            assert getattr(parameter, "help", None), f"{name} {parameter.name}"
+
+
+@each_page
+def test_page__commands_it_shows__exist(page: Path) -> None:
+    """`perch …` in code; a word that is no command, or a command that was renamed, would fail the reader."""
+    known = _cli()
+    shown = re.findall(r"[`\n](?:\$ )?(perch(?: [a-z_]+)+)", page.read_text())
+    unknown = {
+        command for command in shown if not any(command == name or command.startswith(f"{name} ") for name in known)
+    }
+    assert not unknown
+
+
+@each_page
+def test_page__links_to_files__lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\((?!https?:|mailto:)([^)#]+)", page.read_text())
+    dead = [target for target in targets if not (page.parent / target).exists()]
+    assert not dead
+
+
+def test_docs_index__every_page__can_be_found_from_it() -> None:
+    index = (DOCS / "README.md").read_text()
+    pages = {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")} - {"README.md"}
+    unlisted = {page for page in pages if not re.match(r"adr/\d", page) and f"({page})" not in index}
+    assert not unlisted
+
+
+def test_readme__the_two_commands__stand_near_the_top() -> None:
+    top = (PROJECT / "README.md").read_text().splitlines()[:15]
+    assert any(line.startswith("make demo") for line in top)
+    assert any(line.startswith("make test") for line in top)
+
+
+@each_record
+def test_decision_record__its_parts__are_complete_and_in_order(record: Path) -> None:
+    lines = record.read_text().splitlines()
+    assert re.fullmatch(rf"# {int(record.name[:4])}\. \S.*", lines[0])
+    assert re.fullmatch(r"Status: (proposed|accepted|superseded by ADR \d+)\b.* · \d{4}-\d{2}-\d{2}", lines[2])
+    parts = [line for line in lines if line.startswith("## ")]
+    assert parts == ["## Context", "## Decision", "## Consequences", "## A change violates this when…"]
+
+
+def test_decision_records__their_index__has_each_title_and_status() -> None:
+    rows = re.findall(r"^\| (\d+) \| \[(.+)\]\((.+)\) \| (.+) \|$", (DOCS / "adr/README.md").read_text(), re.MULTILINE)
+    actual = []
+    for record in RECORDS:
+        title, _, status, *_ = record.read_text().splitlines()
+        number, _, sentence = title.removeprefix("# ").partition(". ")
+        actual.append((number, sentence, record.name, status.removeprefix("Status: ").rpartition(" · ")[0]))
+    assert rows == actual
+
+
+def test_decision_records__their_numbers__have_no_gap() -> None:
+    assert [int(record.name[:4]) for record in RECORDS] == list(range(1, len(RECORDS) + 1))
+
+
+def _commands_page() -> str:
+    return (DOCS / "reference/commands.md").read_text()

@@ -1,0 +1,106 @@
+"""Who may import whom, what a light start may load, and that the one environment's heavy packages import together."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[2]
+HEAVY = "airflow great_expectations lightning mlflow pandas pytorch_lightning sklearn torch transformers".split()
+
+
+def _python(code: str, tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter that finds the project, has no home of its own to read and no proxy to use."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=PROJECT,
+        env={**os.environ, "HOME": str(tmp_path), "AIRFLOW_HOME": str(tmp_path / "airflow"), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def _loaded(code: str, tmp_path: Path) -> set[str]:
+    """Top-level packages in memory after running code."""
+    done = _python(
+        f"{code}\nimport sys; print('loaded:', *{{name.partition('.')[0] for name in sys.modules}})", tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.rpartition("loaded: ")[2].split())
+
+
+def test_import_rules__as_written_in_pyproject__are_kept() -> None:
+    done = subprocess.run(
+        [str(Path(sys.executable).parent / "lint-imports"), "--no-cache"],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_import_rules__a_core_that_imports_a_stage__is_found(tmp_path: Path) -> None:
+    """The rules are in force: a copy of the project with one forbidden import is refused."""
+    for package in ("pipelines", "dags", "serving"):
+        for file in (PROJECT / package).rglob("*.py"):
+            copy = tmp_path / file.relative_to(PROJECT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(file.read_bytes())
+    (tmp_path / "pyproject.toml").write_bytes((PROJECT / "pyproject.toml").read_bytes())
+    (tmp_path / "pipelines/core/forbidden.py").write_text("import pipelines.stages\n")
+    done = subprocess.run(
+        [str(Path(sys.executable).parent / "lint-imports"), "--no-cache"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "pipelines.core.forbidden -> pipelines.stages" in done.stdout
+
+
+def test_command_line__its_help__loads_nothing_heavy(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.argv = ['perch', '--help']\ntry:\n    import pipelines.__main__\nexcept SystemExit:\n    pass"
+    )
+    assert not _loaded(code, tmp_path) & {*HEAVY, "boto3", "dvc", "numpy", "pyarrow", "scipy", "sqlalchemy"}
+
+
+@pytest.mark.parametrize("name", ["params", "settings", "errors", "core.stage_graph", "core.workspace", "core.results"])
+def test_contracts__imported_by_a_dag_file__load_nothing_heavy(name: str, tmp_path: Path) -> None:
+    assert not _loaded(f"import pipelines.{name}", tmp_path) & {*HEAVY, "boto3", "pyarrow", "scipy", "sqlalchemy"}
+
+
+@pytest.mark.parametrize("file", sorted((PROJECT / "dags").glob("*.py")), ids=lambda file: file.name)
+def test_dag_file__when_parsed__loads_nothing_heavy_but_airflow(file: Path, tmp_path: Path) -> None:
+    module = "dags" if file.stem == "__init__" else f"dags.{file.stem}"
+    assert not _loaded(f"import {module}", tmp_path) & ({*HEAVY, "boto3", "scipy"} - {"airflow"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import airflow.sdk, airflow.providers.standard, airflow.providers.cncf.kubernetes",
+        "import mlflow, mlflow.onnx, mlflow.sklearn",
+        "import dvc.repo, dvc_s3",
+        "import great_expectations",
+        "import pytorch_lightning, torch, onnxscript, onnx, onnxruntime",
+        "import evidently, pandas; assert pandas.__version__ < '3', pandas.__version__; from evidently import Report",
+        "import bentoml",
+        "import boto3; boto3.client('s3', region_name='eu-central-1')",
+        "import optuna, sklearn.metrics, scipy.stats, matplotlib.pyplot",
+        "import transformers; transformers.EfficientNetForImageClassification",
+    ],
+    ids=lambda code: code.split()[1].strip(",;"),
+)
+def test_environment__each_heavy_package__imports(code: str, tmp_path: Path) -> None:
+    done = _python(code, tmp_path, GX_ANALYTICS_ENABLED="False", BENTOML_DO_NOT_TRACK="True", MPLBACKEND="agg")
+    assert done.returncode == 0, done.stderr[-2000:]
