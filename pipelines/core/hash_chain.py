@@ -99,11 +99,7 @@ def find_breaks(records: Sequence[Record]) -> list[str]:
         row = f"row {record.sequence} ({record.event} {record.model} v{record.version})"
         expected = previous.sequence + 1 if previous else 1
         if record.sequence > expected:
-            gap = (
-                f"row {expected} is"
-                if record.sequence == expected + 1
-                else f"rows {expected}-{record.sequence - 1} are"
-            )
+            gap = f"row {expected}" if record.sequence == expected + 1 else f"rows {expected}-{record.sequence - 1}"
             problems.append(f"{gap} missing before {row}")
         elif record.sequence < expected:
             problems.append(f"{row} stands where row {expected} belongs")
