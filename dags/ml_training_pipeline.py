@@ -1,8 +1,8 @@
-"""From the source's images to a registered model, every Sunday at 02:00 UTC: the stages of `dvc.yaml`, then the registry."""
+"""From images to a registered model, every Sunday at 02:00 UTC: the stages of `dvc.yaml`, then the registry."""
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 
 from airflow.sdk import DAG, chain
 
@@ -18,7 +18,7 @@ with DAG(
     description="From the source's images to a registered model, with the evidence that it is good enough.",
     doc_md=__doc__,
     schedule="0 2 * * 0",
-    start_date=datetime(2026, 1, 1, tzinfo=UTC),
+    # No start date either: with one, Airflow would make up for last Sunday the moment it first sees the DAG.
     catchup=False,
     max_active_runs=1,
     params=form_params(load_params(PROJECT_DIR / "params.yaml")),

@@ -21,7 +21,8 @@ def send_notice(title: str, body: str) -> bool:
     import apprise
 
     sender = apprise.Apprise()
-    sent = all([sender.add(url) for url in urls]) and bool(sender.notify(title=title, body=body))
+    accepted = [sender.add(url) for url in urls]
+    sent = all(accepted) and bool(sender.notify(title=title, body=body))
     if not sent:
         # The URLs hold tokens: name how many there are, never which.
         _log.error("notice did not reach all of %d PERCH_NOTICE_URLS: %s\n%s", len(urls), title, body)

@@ -28,9 +28,7 @@ def form_params(params: Params) -> dict[str, Param]:
     """One field per entry of `FORM_FIELDS`, its default from `params.yaml`, its limits from the models' JSON Schema."""
     schema = Params.model_json_schema()
     return {
-        name: Param(
-            _value(params, path), title=name, description_md=f"{text}  \n`{path}`", **_limits(schema, path)
-        )
+        name: Param(_value(params, path), title=name, description_md=f"{text}  \n`{path}`", **_limits(schema, path))
         for name, (path, text) in FORM_FIELDS.items()
     }
 

@@ -17,8 +17,8 @@ from pipelines.errors import PerchError
 app = typer.Typer(
     name="perch",
     help="Retrains an image classifier, proves that the new model is better, and registers it with its evidence.\n\n"
-    "Start with [bold]perch demo[/bold]; or edit params.yaml and say [bold]perch run[/bold].  Each stage of dvc.yaml is a "
-    "command of its own.",
+    "Start with [bold]perch demo[/bold]; or edit params.yaml and say [bold]perch run[/bold].  Each stage of dvc.yaml "
+    "is a command of its own.",
     rich_markup_mode="rich",
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,

@@ -29,7 +29,9 @@ def up() -> None:
     console = Console()
     with console.status("starting services") as spinner:
         ports = Stack(settings).up(spinner.update)
-    console.print(f"MLflow   {ports.mlflow_uri}\nAirflow  {ports.airflow_uri}  (admin / see {passwords_file(settings)})")
+    console.print(
+        f"MLflow   {ports.mlflow_uri}\nAirflow  {ports.airflow_uri}  (admin / see {passwords_file(settings)})"
+    )
 
 
 def status() -> None:
@@ -51,7 +53,9 @@ def status() -> None:
         table.add_row(program, f"[{'green' if state == 'RUNNING' else 'red'}]{state}")
     console.print(table)
     ports = stack.ports()
-    console.print(f"MLflow   {ports.mlflow_uri}\nAirflow  {ports.airflow_uri}\nmemory   {stack.memory_bytes() / 1e9:.1f} GB")
+    console.print(
+        f"MLflow   {ports.mlflow_uri}\nAirflow  {ports.airflow_uri}\nmemory   {stack.memory_bytes() / 1e9:.1f} GB"
+    )
     if any(state != "RUNNING" for state in states.values()):
         raise typer.Exit(1)
 
@@ -67,10 +71,11 @@ def down() -> None:
 
 def demo(
     exit_: Annotated[
-        bool, typer.Option("--exit", envvar="DEMO_EXIT", help="End at the end, with a status code, instead of staying up.")
+        bool,
+        typer.Option("--exit", envvar="DEMO_EXIT", help="End at the end, with a status code, instead of staying up."),
     ] = False,
 ) -> None:
-    """Train digits for two consecutive weeks in a real Airflow, into a real MLflow; everything stays on this machine."""
+    """Train digits for two consecutive weeks in a real Airflow, into a real MLflow, all on this machine."""
     from pipelines.services.demo import run_demo
     from pipelines.settings import get_settings
 

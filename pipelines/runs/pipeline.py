@@ -9,7 +9,7 @@ from typing import Any
 from pipelines.core.stage_graph import read_stage_graph
 from pipelines.core.workspace import Workspace
 from pipelines.errors import PerchError
-from pipelines.params import Params, load_params
+from pipelines.params import load_params
 from pipelines.runs.stages import read_result, run_in_workspace
 from pipelines.runs.workspaces import open_workspace
 from pipelines.settings import Settings
@@ -51,12 +51,10 @@ def run_step(
         publish_stage(settings, params, workspace, stage, mlflow_run_id)
         raise
     publish_stage(settings, params, workspace, stage, mlflow_run_id)
-    return {**result, "links": links(settings, workspace, params, stage, mlflow_run_id)}
+    return {**result, "links": links(settings, workspace, stage, mlflow_run_id)}
 
 
-def links(
-    settings: Settings, workspace: Workspace, params: Params, stage: str, mlflow_run_id: str
-) -> dict[str, str]:
+def links(settings: Settings, workspace: Workspace, stage: str, mlflow_run_id: str) -> dict[str, str]:
     """Addresses of a step's MLflow run and of its reports."""
     from pipelines.registry.tracking import artifact_url, run_url
 

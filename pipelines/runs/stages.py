@@ -49,7 +49,7 @@ def run_bare(stage: str, workspace: Workspace) -> StageResult:
 
 
 def run_in_workspace(
-    settings: Settings, workspace: Workspace, stage: str, *, mlflow_run_id: str = ""
+    settings: Settings, workspace: Workspace, stage: str, *, mlflow_run_id: str = "", use_run_cache: bool = True
 ) -> dict[str, Any]:
     """Run one stage of a run in a process of its own and return its result.
 
@@ -65,6 +65,7 @@ def run_in_workspace(
         workspace.refusal_file(stage).unlink(missing_ok=True)
         if stage in {node.name for node in read_stage_graph(workspace.root / "dvc.yaml")}:
             command = [_tool("dvc"), "repro", "--quiet", "--single-item", stage]
+            command += [] if use_run_cache else ["--no-run-cache"]
         else:
             command = [sys.executable, "-m", "pipelines", stage]
         code = _run_process(command, workspace, settings, mlflow_run_id)
@@ -97,7 +98,7 @@ def _run_process(command: list[str], workspace: Workspace, settings: Settings, m
     }
     # Nothing of the caller's may shadow the workspace's own copy of the code, which `python -m` puts first.
     environment.pop("PYTHONPATH", None)
-    process = subprocess.Popen(command, cwd=workspace.root, env=environment, preexec_fn=die_with_parent)  # noqa: PLW1509
+    process = subprocess.Popen(command, cwd=workspace.root, env=environment, preexec_fn=die_with_parent)
 
     def forward(signum: int, _frame: object) -> None:
         process.send_signal(signum)

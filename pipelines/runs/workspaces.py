@@ -98,7 +98,7 @@ def open_workspace(
                 "requested_by": requested_by,
                 "overrides": overrides,
                 "python": sys.version.split()[0],
-                "packages": {name: metadata.version(name) for name in _RECORDED_PACKAGES},
+                "packages": recorded_packages(),
                 **git_state(settings.project_dir),
             },
         )
@@ -128,9 +128,12 @@ def resolve_params(settings: Settings, overrides: Mapping[str, Any], *, as_of: d
     if params.data_ingestion.as_of is not None:
         return params
     date_ = as_of or datetime.now(UTC).date()
-    return params.model_copy(
-        update={"data_ingestion": params.data_ingestion.model_copy(update={"as_of": date_})}
-    )
+    return params.model_copy(update={"data_ingestion": params.data_ingestion.model_copy(update={"as_of": date_})})
+
+
+def recorded_packages() -> dict[str, str]:
+    """Versions of the packages that decide what a run computes."""
+    return {name: metadata.version(name) for name in _RECORDED_PACKAGES}
 
 
 def git_state(project: Path) -> dict[str, Any]:

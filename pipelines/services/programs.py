@@ -118,7 +118,7 @@ def mlflow_program(settings: Settings, ports: Ports) -> Program:
 
 
 def airflow_programs(settings: Settings, ports: Ports) -> list[Program]:
-    """Airflow's four processes, in the order they must start: a scheduler before its API loses resumed tasks."""
+    """Airflow's four processes; the first, the API server, must answer before the others start."""
     environment = airflow_environment(settings, ports)
     airflow = tool("airflow")
     return [

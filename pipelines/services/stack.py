@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 import xmlrpc.client
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -23,7 +24,15 @@ import psutil
 
 from pipelines.core.results import write_json
 from pipelines.errors import PerchError, Refusal, TryLater
-from pipelines.services.programs import HOST, Ports, Program, airflow_environment, airflow_programs, mlflow_program, tool
+from pipelines.services.programs import (
+    HOST,
+    Ports,
+    Program,
+    airflow_environment,
+    airflow_programs,
+    mlflow_program,
+    tool,
+)
 from pipelines.services.secrets import ensure_passwords
 from pipelines.settings import Settings
 
@@ -67,9 +76,17 @@ class Stack:
         subprocess.run(
             [tool("supervisord"), "--configuration", str(config)], check=True, cwd=self.folder, env=self._environment()
         )
-        self._start(programs[:1], report)
+        mlflow, api, *rest = programs
+        self._start(mlflow, report)
         self._migrate_airflow(ports, report)
-        self._start(programs[1:], report)
+        self._start(api, report)
+        for program in (mlflow, api):
+            self._wait_healthy(program)
+        # Only now: a scheduler that starts before its API answers fails the tasks it resumes.
+        for program in rest:
+            self._start(program, report)
+        for program in rest:
+            self._wait_healthy(program)
         return ports
 
     def down(self) -> bool:
@@ -83,10 +100,12 @@ class Stack:
         # A supervisor that was killed leaves its children behind; they carry this home in their environment.
         strays = list(self._strays())
         for process in strays:
-            _signal(process, process.terminate)
+            with suppress(psutil.NoSuchProcess):
+                process.terminate()
         _, alive = psutil.wait_procs(strays, timeout=10)
         for process in alive:
-            _signal(process, process.kill)
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         self.socket.unlink(missing_ok=True)
         return found or bool(strays)
 
@@ -120,24 +139,22 @@ class Stack:
                 continue
         return total
 
-    def _start(self, programs: list[Program], report: Report) -> None:
-        for program in programs:
-            report(f"starting {program.name}")
-            self._require_supervisor().supervisor.startProcess(program.name, False)
-            if program.health_url:
-                self._wait_healthy(program)
+    def _start(self, program: Program, report: Report) -> None:
+        report(f"starting {program.name}")
+        self._require_supervisor().supervisor.startProcess(program.name, False)
 
     def _wait_healthy(self, program: Program) -> None:
         def ready() -> bool:
             state = self.status().get(program.name)
             if state not in {"STARTING", "RUNNING"}:
                 raise PerchError(f"{program.name} ended while starting ({state}):\n{self.log_tail(program.name)}")
-            return _answers(program.health_url)
+            return _answers(program.health_url) if program.health_url else state == "RUNNING"
 
         if not _wait_until(ready, _START_LIMIT_S):
             raise TryLater(
-                f"{program.name}: no answer at {program.health_url} after {_START_LIMIT_S:.0f} s\n"
-                f"{self.log_tail(program.name)}\n  what to do: look at {self.folder}/{program.name}.log, then `perch up` again"
+                f"{program.name}: not ready after {_START_LIMIT_S:.0f} s\n"
+                f"{self.log_tail(program.name)}\n"
+                f"  what to do: look at {self.folder}/{program.name}.log, then `perch up` again"
             )
 
     def _migrate_airflow(self, ports: Ports, report: Report) -> None:
@@ -146,7 +163,11 @@ class Stack:
         report("preparing Airflow's database")
         with log.open("w", encoding="utf-8") as output:
             code = subprocess.run(
-                [tool("airflow"), "db", "migrate"], env=environment, stdout=output, stderr=subprocess.STDOUT, check=False
+                [tool("airflow"), "db", "migrate"],
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                check=False,
             ).returncode
         if code:
             raise PerchError(f"airflow db migrate ended with {code}:\n{self.log_tail('airflow-migrate')}")
@@ -280,10 +301,3 @@ def _wait_until(condition: Callable[[], bool], limit_s: float) -> bool:
             return True
         time.sleep(0.2)
     return False
-
-
-def _signal(process: psutil.Process, send: Callable[[], None]) -> None:
-    try:
-        send()
-    except psutil.NoSuchProcess:
-        return

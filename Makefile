@@ -1,0 +1,56 @@
+# `make` alone lists the targets.
+VENV ?= .venv
+BIN := $(VENV)/bin
+export PYTHON
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo up down status check format test test-unit test-slow lock bench bench-pneumonia clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 26
+
+env: $(VENV)/.installed ## Make the environment from the lock file
+$(VENV)/.installed: requirements.lock pyproject.toml scripts/make-environment.sh
+	@bash scripts/make-environment.sh $(VENV)
+
+demo: env ## Train digits for two weeks in a real Airflow, into a real MLflow (DEMO_EXIT=1 ends at once)
+	@$(BIN)/perch demo
+
+up: env ## Start MLflow and Airflow
+	@$(BIN)/perch up
+down: env ## End them
+	@$(BIN)/perch down
+status: env ## Show what runs
+	@$(BIN)/perch status
+
+check: env ## Format, lint, types, import rules, stray large or secret files
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/perch params >/dev/null
+
+format: env ## Format and mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: env ## All tests that CI runs (real Airflow, MLflow, PostgreSQL included)
+	$(BIN)/pytest -m "not slow"
+test-unit: env ## The fast tests
+	$(BIN)/pytest -m "not slow and not services"
+test-slow: env ## The long ones
+	$(BIN)/pytest -m slow
+
+bench: env ## Ingestion, one training epoch, and the DAG, each against its baseline
+	$(BIN)/python benchmarks/ingest.py
+	$(BIN)/python benchmarks/training_epoch.py
+	$(BIN)/python benchmarks/orchestration.py
+bench-pneumonia: env ## Five seeds on PneumoniaMNIST, beside the published table
+	$(BIN)/python benchmarks/pneumonia.py
+
+lock: env ## Resolve pyproject.toml into requirements.lock
+	@bash scripts/make-lock.sh $(VENV)
+
+clean: ## Remove the environment and everything runs have left
+	-@$(BIN)/perch down 2>/dev/null
+	rm -rf $(VENV) .perch

@@ -1,0 +1,62 @@
+"""`perch runs` and `perch replay`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+runs_app = typer.Typer(invoke_without_command=True, help="List runs, with what differed between them; remove old ones.")
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.add_typer(runs_app, name="runs", rich_help_panel="Look and check")
+    app.command("replay", rich_help_panel="Run")(replay)
+
+
+@runs_app.callback()
+def list_all(context: typer.Context) -> None:
+    """List the runs on this machine, newest last, with what each changed against params.yaml."""
+    if context.invoked_subcommand is not None:
+        return
+    from rich.console import Console
+
+    from pipelines.runs.history import runs_table
+    from pipelines.settings import get_settings
+
+    Console().print(runs_table(get_settings()))
+
+
+@runs_app.command("prune")
+def prune(
+    keep: Annotated[int, typer.Option("--keep", min=0, help="Newest workspaces to keep.")] = 20,
+) -> None:
+    """Remove old workspaces; what MLflow and the shared cache hold of them stays, so they can still be replayed."""
+    from pipelines.runs.history import prune_workspaces
+    from pipelines.settings import get_settings
+
+    removed = prune_workspaces(get_settings(), keep)
+    typer.echo(f"removed {len(removed)} workspaces" + (f": {', '.join(removed)}" if removed else ""))
+
+
+def replay(
+    run_id: Annotated[str, typer.Argument(help="The run to do again.", metavar="RUN")],
+    stages: Annotated[
+        bool, typer.Option("--from-cache/--recompute", help="Let DVC's run cache answer instead of computing again.")
+    ] = False,
+) -> None:
+    """Do a past run again from its recorded parameters, code, suites and reference, and say what came out the same.
+
+    Exit code 0 when data, weights and metrics are identical, 1 when one differs: the first that does is named.
+    """
+    from rich.console import Console
+
+    from pipelines.runs.replaying import replay_run
+    from pipelines.settings import get_settings
+
+    console = Console()
+    comparison = replay_run(get_settings(), run_id, from_cache=stages, report=console.print)
+    console.print(comparison.render())
+    if not comparison.identical:
+        raise typer.Exit(1)

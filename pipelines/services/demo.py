@@ -1,0 +1,188 @@
+"""The demo: two consecutive weeks of digits through the real training DAG, shown as they happen."""
+
+from __future__ import annotations
+
+import signal
+import time
+from dataclasses import dataclass, field
+from datetime import date
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from pipelines.core.stage_graph import read_stage_graph
+from pipelines.errors import PerchError
+from pipelines.services.airflow_client import AirflowClient, TaskState
+from pipelines.services.programs import Ports
+from pipelines.services.secrets import ensure_passwords, passwords_file
+from pipelines.services.stack import Stack
+from pipelines.settings import Settings
+
+DAG_ID = "ml_training_pipeline"
+WEEKS = (date(2026, 11, 1), date(2026, 11, 8))
+_LAST_STEPS = ("model_registration", "notify_team")
+_FINISHED = {"success", "failed"}
+
+
+@dataclass
+class WeekView:
+    """What is known of one week's DAG run so far."""
+
+    title: str
+    run_id: str
+    steps: tuple[str, ...]
+    tasks: dict[str, TaskState] = field(default_factory=dict)
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def render(self) -> RenderableType:
+        """The table of the week's tasks."""
+        table = Table(box=None, show_header=False, padding=(0, 1), pad_edge=False)
+        table.add_column(width=2)
+        table.add_column(width=20)
+        table.add_column(ratio=1, overflow="fold", min_width=44)
+        table.add_column(justify="right", width=9)
+        for step in self.steps:
+            task = self.tasks.get(step)
+            state = task.state if task else ""
+            summary = self.results.get(step, {}).get("summary", "" if state == "success" else state.replace("_", " "))
+            seconds = f"{task.duration_s:.1f} s" if task and task.duration_s is not None else ""
+            table.add_row(_mark(state), step, Text(summary, style="" if state == "success" else "dim"), seconds)
+        return Group(Text(self.title, style="bold"), table)
+
+
+def run_demo(settings: Settings, *, stay: bool) -> None:
+    """Start the services, run the weeks that have not been run, print what came of them, stay up until Ctrl-C.
+
+    Raises:
+        PerchError: a service did not start, or a week's run failed; the message holds the task's last lines.
+    """
+    console = Console(highlight=False)
+    home = (
+        settings.home.relative_to(settings.project_dir)
+        if settings.home.is_relative_to(settings.project_dir)
+        else settings.home
+    )
+    console.print(
+        f"[bold]Perch demo[/bold] · everything stays in {home}/ and ends with {'Ctrl-C' if stay else 'the demo'}"
+    )
+    stack = Stack(settings)
+    # `kill` must end the services as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        ports = _start(stack, console)
+        passwords = ensure_passwords(settings)
+        client = AirflowClient(ports.airflow_uri, "admin", passwords["admin"])
+        client.wait_for_dag(DAG_ID)
+        steps = (*(node.name for node in read_stage_graph(settings.project_dir / "dvc.yaml")), *_LAST_STEPS)
+        weeks = [_run_week(client, console, number, day, steps) for number, day in enumerate(WEEKS, start=1)]
+        _print_outcome(console, settings, client, ports, weeks)
+        if stay:
+            console.print("\nBoth pages stay up until Ctrl-C.")
+            while True:
+                time.sleep(3600)
+    except KeyboardInterrupt:
+        console.print()
+    finally:
+        with console.status("ending the services"):
+            stack.down()
+    console.print("Services ended; [bold]perch up[/bold] starts them again with everything in place.")
+
+
+def _start(stack: Stack, console: Console) -> Ports:
+    started = time.monotonic()
+    with console.status("starting services") as spinner:
+        ports = stack.up(spinner.update)
+    console.print(
+        f"  services   MLflow {ports.mlflow_uri} · Airflow {ports.airflow_uri}"
+        f" (admin / see {passwords_file(stack.settings).name}) · up in {time.monotonic() - started:.0f} s\n"
+    )
+    return ports
+
+
+def _run_week(client: AirflowClient, console: Console, number: int, day: date, steps: tuple[str, ...]) -> WeekView:
+    run_id, state = _choose_run(client, day)
+    week = WeekView(f"Week {number} · {day}" + (" · done before" if state == "success" else ""), run_id, steps)
+    if state is None:
+        client.trigger(DAG_ID, run_id, {"as_of": day.isoformat(), "source": "digits"})
+    with Live(console=console, refresh_per_second=8, get_renderable=week.render) as live:
+        while True:
+            state = client.dag_run_state(DAG_ID, run_id)
+            _refresh(client, week)
+            live.refresh()
+            if state in _FINISHED:
+                break
+            time.sleep(1)
+    console.print()
+    if state == "failed":
+        raise PerchError(_explain_failure(client, week))
+    return week
+
+
+def _choose_run(client: AirflowClient, day: date) -> tuple[str, str | None]:
+    """The week's run to show or to start: the first that has not failed."""
+    attempt = 1
+    while True:
+        run_id = f"demo__{day}" + (f"__{attempt}" if attempt > 1 else "")
+        state = client.dag_run_state(DAG_ID, run_id)
+        if state != "failed":
+            return run_id, state
+        attempt += 1
+
+
+def _refresh(client: AirflowClient, week: WeekView) -> None:
+    week.tasks = client.tasks(DAG_ID, week.run_id)
+    for step in week.steps:
+        task = week.tasks.get(step)
+        if task and task.state == "success" and step not in week.results:
+            result = client.result(DAG_ID, week.run_id, step)
+            if result is not None:
+                week.results[step] = result
+
+
+def _explain_failure(client: AirflowClient, week: WeekView) -> str:
+    failed = next((task for task in week.tasks.values() if task.state == "failed"), None)
+    if failed is None:
+        return f"run {week.run_id} failed before any task did; look at it in Airflow"
+    lines = "\n".join(f"    {line}" for line in client.log_tail(DAG_ID, week.run_id, failed))
+    return (
+        f"{failed.task_id} of run {week.run_id} failed; the end of its log:\n{lines}\n"
+        "  what to do: mend that, then `make demo` again"
+    )
+
+
+def _print_outcome(
+    console: Console, settings: Settings, client: AirflowClient, ports: Ports, weeks: list[WeekView]
+) -> None:
+    table = Table("registered", "images", "test accuracy", "95 % interval", "took", box=None, padding=(0, 2, 0, 0))
+    for week in weeks:
+        registration, metrics = week.results["model_registration"], week.results["model_evaluation"]["metrics"]
+        images = week.results["data_ingestion"]["metrics"]["data/images"]
+        took = sum(task.duration_s or 0.0 for task in week.tasks.values())
+        table.add_row(
+            registration["summary"],
+            f"{images:,.0f}",
+            f"{metrics['test/accuracy']:.3f}",
+            f"[{metrics['test/accuracy_low']:.3f}, {metrics['test/accuracy_high']:.3f}]".replace("[", r"\["),
+            f"{took:.0f} s",
+        )
+    console.print(table)
+    console.print(f"\nMLflow   {ports.mlflow_uri}")
+    console.print(f"Airflow  {ports.airflow_uri}   log in as admin, passwords in {passwords_file(settings)}")
+    card = client.links(DAG_ID, weeks[-1].run_id, "model_evaluation").get("Model card")
+    if card:
+        console.print(f"Card     {card}")
+    console.print("Look at  perch models · perch models show 2 · perch runs · perch ledger verify")
+
+
+def _mark(state: str) -> RenderableType:
+    if state == "success":
+        return Text("✓", style="green")
+    if state in {"failed", "upstream_failed"}:
+        return Text("✗", style="red")
+    if state in {"running", "queued"}:
+        return Spinner("dots", style="cyan")
+    return Text("↻", style="yellow") if state == "up_for_retry" else Text("·", style="dim")
