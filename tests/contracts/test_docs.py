@@ -87,9 +87,16 @@ def test_command_line__every_command_and_option__has_a_help_text() -> None:
             assert getattr(parameter, "help", None), f"{name} {parameter.name}"
 
 
+def test_expectations_page__its_tables__name_every_fact() -> None:
+    from pipelines.data.validation_tables import FACTS
+
+    page = (DOCS / "reference/expectations.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \|", page.partition("## `dataset.json`")[2], re.MULTILINE) == list(FACTS)
+
+
 @each_page
 def test_page__commands_it_shows__exist(page: Path) -> None:
-    """`perch …` in code; a word that is no command, or a command that was renamed, would fail the reader."""
+    """`perch …` in code: a command that was renamed would fail the reader."""
     known = _cli()
     shown = re.findall(r"[`\n](?:\$ )?(perch(?: [a-z_]+)+)", page.read_text())
     unknown = {
@@ -99,10 +106,21 @@ def test_page__commands_it_shows__exist(page: Path) -> None:
 
 
 @each_page
-def test_page__links_to_files__lead_somewhere(page: Path) -> None:
-    targets = re.findall(r"\]\((?!https?:|mailto:)([^)#]+)", page.read_text())
-    dead = [target for target in targets if not (page.parent / target).exists()]
+def test_page__its_links__lead_to_files_and_headings(page: Path) -> None:
+    targets = re.findall(r"\]\((?!https?:|mailto:)([^)]+)\)", page.read_text())
+    dead = []
+    for target in targets:
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        if not file.exists() or (anchor and anchor not in _anchors(file)):
+            dead.append(target)
     assert not dead
+
+
+def _anchors(page: Path) -> set[str]:
+    """Anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_docs_index__every_page__can_be_found_from_it() -> None:
