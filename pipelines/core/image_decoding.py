@@ -1,0 +1,251 @@
+"""From encoded bytes to the uint8 array a model sees: the one road that training and serving share.
+
+Every decision here changes what a model is fed, so it is made once, from the bytes and the contract alone: no clock,
+no randomness, no setting of the machine.  Imports nothing but NumPy and Pillow, to fit the serving image.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from pipelines.core.contract import InputContract
+
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP")
+
+# A JPEG may be decoded at 1/2, 1/4 or 1/8 of its scale as long as both sides keep this many pixels: faster, and it
+# still reads every coefficient, so that a truncated file is found out.
+REDUCED_DECODING_FLOOR_PX = 512
+
+_SIGNATURES = (
+    b"\x89PNG\r\n\x1a\n",
+    b"\xff\xd8\xff",
+    b"BM",
+    b"II*\x00",
+    b"MM\x00*",
+    b"II+\x00",
+    b"MM\x00+",
+    b"GIF8",
+    b"RIFF",
+)
+_SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
+
+
+class Reason(StrEnum):
+    """Why bytes are not an image that Perch reads; the words of the quarantine table and of the service's errors."""
+
+    EMPTY = "empty"
+    NOT_AN_IMAGE = "not_an_image"
+    CORRUPT = "corrupt"
+    TRUNCATED = "truncated"
+    TOO_MANY_PIXELS = "too_many_pixels"
+    TOO_MANY_BYTES = "too_many_bytes"
+    UNREADABLE = "unreadable"
+
+
+class DecodingError(Exception):
+    """The bytes are no image that may be used.
+
+    Args:
+        reason: the kind of fault, stable across versions.
+        detail: what was found, for a person.
+    """
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """An image upright, 8 bits deep and opaque, with what its file said of itself.
+
+    Attributes:
+        pixels: mode `L` where the file is grey, else `RGB`; a large JPEG may be reduced (see `decode_image`).
+        format: as Pillow names it, e.g. `PNG`.
+        mode: the file's own mode, before any conversion, e.g. `I;16`.
+        width_px: of the full image, upright.
+        height_px: of the full image, upright.
+    """
+
+    pixels: Image.Image
+    format: str
+    mode: str
+    width_px: int
+    height_px: int
+
+
+def decode_image(
+    data: bytes, *, max_pixels: int, max_bytes: int, floor_px: int = REDUCED_DECODING_FLOOR_PX
+) -> DecodedImage:
+    """Decode an image completely: its first frame, upright, 8 bits per channel, composited over black.
+
+    The size is judged from the header, before any pixel is decoded.  16-bit files are scaled from their full range
+    (0-65535 to 0-255), not stretched to what they contain, so that intensities stay comparable between images.
+
+    Args:
+        data: the encoded bytes; PNG, JPEG, BMP, TIFF, GIF or WebP.
+        max_pixels: largest width times height.
+        max_bytes: most encoded bytes.
+        floor_px: a JPEG may be decoded at a reduced scale while both sides keep so many pixels.
+
+    Raises:
+        DecodingError: with the reason for the quarantine table.
+    """
+    if not data:
+        raise DecodingError(Reason.EMPTY, "the file holds no bytes")
+    if len(data) > max_bytes:
+        raise DecodingError(Reason.TOO_MANY_BYTES, f"{len(data):,} bytes (limit: {max_bytes:,})")
+    # The limit below replaces Pillow's own, which warns at one size, raises at another, and knows no parameter.
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise _explain_unidentified(data) from None
+    except Exception as error:  # Pillow's plugins raise whatever their parsing trips over
+        raise _explain_failure(data, error) from error
+    width_px, height_px = image.size
+    if width_px * height_px > max_pixels:
+        size = f"{width_px} x {height_px} = {width_px * height_px:,} pixels"
+        raise DecodingError(Reason.TOO_MANY_PIXELS, f"{size} (limit: {max_pixels:,})")
+    file_format, mode = image.format or "", image.mode
+    try:
+        image.draft(None, (floor_px, floor_px))
+        image.load()
+        # A TIFF is turned upright while it loads, so that only the others still name an orientation here.
+        turned = image.size != (width_px, height_px) and image.size == (height_px, width_px)
+        orientation = image.getexif().get(0x0112, 1)
+        pixels: Image.Image = image
+        if orientation != 1:
+            pixels = ImageOps.exif_transpose(image)
+            turned = orientation in (5, 6, 7, 8)
+        pixels = _to_eight_bits(pixels)
+    except DecodingError:
+        raise
+    except Exception as error:
+        raise _explain_failure(data, error) from error
+    if turned:
+        width_px, height_px = height_px, width_px
+    return DecodedImage(pixels, file_format, mode, width_px, height_px)
+
+
+def to_model_input(image: Image.Image, contract: InputContract) -> npt.NDArray[np.uint8]:
+    """Shape a decoded image as the model's contract asks.
+
+    Args:
+        image: mode `L` or `RGB`, from `decode_image`.
+        contract: side, channels, and how an oblong image becomes square: `squash` ignores its proportions, `pad` adds
+            black bars, `crop` keeps the largest square in the middle.
+
+    Returns:
+        uint8 `(size_px, size_px, channels)`, 0-255.  Grey from colour is luma (ITU-R BT.601), as Pillow computes it.
+    """
+    side = contract.size_px
+    width, height = image.size
+    if contract.resize == "crop":
+        square = min(width, height)
+        left, top = (width - square) // 2, (height - square) // 2
+        shaped = _resize(image, (side, side), box=(left, top, left + square, top + square))
+    elif contract.resize == "pad":
+        longest = max(width, height)
+        fitted = (max(1, round(width * side / longest)), max(1, round(height * side / longest)))
+        shaped = Image.new(image.mode, (side, side))
+        shaped.paste(_resize(image, fitted), ((side - fitted[0]) // 2, (side - fitted[1]) // 2))
+    else:
+        shaped = _resize(image, (side, side))
+    mode = "L" if contract.channels == 1 else "RGB"
+    if shaped.mode != mode:
+        shaped = shaped.convert(mode)
+    return np.asarray(shaped, dtype=np.uint8).reshape(side, side, contract.channels)
+
+
+def decoding_floor_px(contract: InputContract) -> int:
+    """The `floor_px` that keeps enough pixels for a contract."""
+    return max(REDUCED_DECODING_FLOOR_PX, contract.size_px)
+
+
+def read_model_input(data: bytes, contract: InputContract, *, max_pixels: int, max_bytes: int) -> npt.NDArray[np.uint8]:
+    """Decode and shape in one step; training arrays hold exactly what this returns for the same bytes.
+
+    Returns:
+        uint8 `(size_px, size_px, channels)`.
+
+    Raises:
+        DecodingError: as `decode_image`.
+    """
+    decoded = decode_image(data, max_pixels=max_pixels, max_bytes=max_bytes, floor_px=decoding_floor_px(contract))
+    return to_model_input(decoded.pixels, contract)
+
+
+def _resize(image: Image.Image, size: tuple[int, int], box: tuple[int, int, int, int] | None = None) -> Image.Image:
+    """Bilinear with anti-aliasing, after a box reduction that leaves at least twice the pixels asked for."""
+    return image.resize(size, Image.Resampling.BILINEAR, box=box, reducing_gap=2.0)
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """Bring any of Pillow's modes to `L` or `RGB`."""
+    if image.mode in _SIXTEEN_BIT_MODES:
+        return _scale(np.asarray(image).astype(np.float64), 65535.0)
+    if image.mode == "I":
+        # Pillow's name for integers wider than 8 bits; the files that carry it hold 16-bit samples.
+        return _scale(np.asarray(image).astype(np.float64), 65535.0)
+    if image.mode == "F":
+        return _scale_float(np.asarray(image).astype(np.float64))
+    transparent = "transparency" in image.info
+    if image.mode in ("LA", "La") or (image.mode == "L" and transparent):
+        return _over_black(image.convert("LA"), "L")
+    if image.mode in ("RGBA", "RGBa", "PA") or (image.mode in ("P", "RGB") and transparent):
+        return _over_black(image.convert("RGBA"), "RGB")
+    if image.mode in ("L", "RGB"):
+        return image
+    return image.convert("L" if image.mode == "1" else "RGB")
+
+
+def _over_black(image: Image.Image, mode: str) -> Image.Image:
+    background = Image.new(mode, image.size)
+    background.paste(image.convert(mode), mask=image.getchannel("A"))
+    return background
+
+
+def _scale(samples: npt.NDArray[np.float64], full: float) -> Image.Image:
+    """Scale samples of 0 to `full` to 0-255, rounding to the nearest and clipping what lies outside."""
+    return Image.fromarray(np.clip(np.rint(samples * (255.0 / full)), 0, 255).astype(np.uint8))
+
+
+def _scale_float(samples: npt.NDArray[np.float64]) -> Image.Image:
+    """Scale floating-point samples by the smallest customary range that holds them: 0-1, 0-255 or 0-65535."""
+    if not np.isfinite(samples).all():
+        raise DecodingError(Reason.CORRUPT, "holds samples that are not finite numbers")
+    largest = float(samples.max())
+    return _scale(samples, next((full for full in (1.0, 255.0) if largest <= full), 65535.0))
+
+
+def _explain_unidentified(data: bytes) -> DecodingError:
+    """Pillow says only that no plugin took the bytes; their first ones tell a broken image from no image."""
+    if not data.startswith(_SIGNATURES):
+        beginning = data[:8].hex(" ")
+        return DecodingError(Reason.NOT_AN_IMAGE, f"starts with {beginning}, which is none of {', '.join(FORMATS)}")
+    if _ends_early(data):
+        return DecodingError(Reason.TRUNCATED, f"ends within its header, after {len(data):,} bytes")
+    return DecodingError(Reason.CORRUPT, "its header cannot be read")
+
+
+def _explain_failure(data: bytes, error: Exception) -> DecodingError:
+    text: Any = str(error) or type(error).__name__
+    cut = isinstance(error, EOFError) or "truncated" in text.lower() or _ends_early(data)
+    return DecodingError(Reason.TRUNCATED if cut else Reason.CORRUPT, text)
+
+
+def _ends_early(data: bytes) -> bool:
+    """Whether a PNG or JPEG lacks the marker that ends it; the other formats have none."""
+    if data.startswith(_SIGNATURES[0]):
+        return b"IEND" not in data[-1024:]
+    if data.startswith(_SIGNATURES[1]):
+        return b"\xff\xd9" not in data[-1024:]
+    return False

@@ -1,0 +1,323 @@
+"""From a source to shards: what is listed, what is read again, what goes to quarantine, and when it is too much."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.core.contract import InputContract
+from pipelines.data.ingest_cache import QUARANTINE_SCHEMA, CachedRow, IngestCache
+from pipelines.data.parallel import map_ordered
+from pipelines.data.progress import ImageProgress
+from pipelines.data.reading import ImageReader, ReadImage, UnusableFile
+from pipelines.data.shaped_images import ShapedFile, ShapedImages
+from pipelines.data.shards import Manifest, ShardCutter, ShardEntry, write_shard
+from pipelines.data.sources.base import Source, SourceItem
+from pipelines.data.sources.opening import without_secrets
+from pipelines.errors import Refusal
+from pipelines.params import DataIngestionParams
+
+_NAMED_IN_A_MESSAGE = 5
+_Outcome = ReadImage | UnusableFile | CachedRow
+
+
+@dataclass(frozen=True)
+class Ingested:
+    """What an ingestion did: its manifest, and how many images it had to read for it."""
+
+    manifest: Manifest
+    images_read: int
+
+
+def ingest(
+    source: Source,
+    params: DataIngestionParams,
+    contract: InputContract,
+    *,
+    dataset: str,
+    raw: Path,
+    quarantine_file: Path,
+    cache_dir: Path,
+    threads: int,
+) -> Ingested:
+    """Read a source into shards, a manifest and a quarantine table.
+
+    Args:
+        source: what to read.
+        params: limits and columns.
+        contract: the shape to keep for `data_preprocessing` as the images are decoded anyway; no output depends on it.
+        dataset: the data set's name, for the manifest.
+        raw: folder for the shards and the manifest; emptied first.
+        quarantine_file: Parquet table of what is no sound image.
+        cache_dir: where earlier ingestions left what they read.
+        threads: how many images are decoded at once.
+
+    Raises:
+        Refusal: the source holds nothing to train on, or too much of it is broken.
+        TryLater: the source cannot be reached now; what was read so far is kept and not read again.
+    """
+    items = list_items(source, params)
+    shutil.rmtree(raw, ignore_errors=True)
+    raw.mkdir(parents=True)
+    reading = f"{params.max_image_pixels} {params.max_image_bytes}"
+    cache = IngestCache(cache_dir, source.identity, reading)
+    reader = ImageReader(
+        source,
+        max_pixels=params.max_image_pixels,
+        max_bytes=params.max_image_bytes,
+        contract=contract,
+        decodes=threads,
+    )
+    unusable: list[tuple[SourceItem, UnusableFile]] = []
+    packer = _ShardPacker(cache, ShapedImages(cache_dir, contract), ShardCutter(params.shard_images), raw)
+    readers = max(threads, source.concurrent_reads)
+    images_read = 0
+
+    def read_unless_known(item_and_known: tuple[SourceItem, CachedRow | UnusableFile | None]) -> _Outcome:
+        item, known = item_and_known
+        return known or reader.read(item)
+
+    with ImageProgress("reading", len(items)) as progress, packer:
+        looked_up = ((item, cache.find_row(item) or cache.find_fault(item)) for item in items)
+        outcomes = map_ordered(read_unless_known, looked_up, threads=readers, ahead=4 * readers)
+        for item, outcome in zip(items, outcomes, strict=True):
+            if isinstance(outcome, UnusableFile):
+                unusable.append((item, outcome))
+            else:
+                images_read += isinstance(outcome, ReadImage)
+                packer.add(item, outcome)
+            progress.advance()
+        packer.finish()
+    _write_quarantine(unusable, quarantine_file, cache)
+    _refuse_too_much_quarantine(unusable, len(items), params.max_quarantined_share)
+    _refuse_lost_classes(items, packer.labels)
+    manifest = Manifest(
+        dataset=dataset,
+        source=without_secrets(params.source),
+        as_of=params.as_of.isoformat() if params.as_of else None,
+        labels=dict(sorted(packer.labels.items())),
+        rows=packer.labels.total(),
+        quarantined=len(unusable),
+        shards=packer.shards,
+        data_sha256=packer.data_sha256,
+    )
+    manifest.write(raw)
+    return Ingested(manifest, images_read)
+
+
+def list_items(source: Source, params: DataIngestionParams) -> list[SourceItem]:
+    """What of a source is to be read: what had arrived by the date, in the order of its keys, with its groups.
+
+    Raises:
+        Refusal: nothing is left, two items share a key, or all share one class.
+    """
+    listed = source.list_items()
+    items = [item for item in listed if params.as_of is None or item.arrived is None or item.arrived <= params.as_of]
+    name = f"the source {without_secrets(params.source)}"
+    if not items and listed:
+        first = min(item.arrived for item in listed if item.arrived)
+        raise Refusal(
+            name,
+            f"holds no image that had arrived by {params.as_of}",
+            limit=f"the first arrived on {first}",
+            way_out="choose a later data_ingestion.as_of, or null for everything",
+        )
+    if not items:
+        raise Refusal(name, "holds no images", way_out="correct data_ingestion.source in params.yaml")
+    items.sort(key=lambda item: item.key)
+    repeated = [after.key for before, after in pairwise(items) if before.key == after.key]
+    if repeated:
+        raise Refusal(
+            name,
+            f"names {len(repeated)} images more than once: {_some(repeated)}",
+            limit="one row per image",
+            way_out="remove the repeated rows",
+        )
+    labels = {item.label for item in items if item.label}
+    if len(labels) < 2:
+        raise Refusal(
+            name,
+            f"holds one class only: {', '.join(labels)}" if labels else "names no class for any image",
+            limit="two classes or more",
+            way_out="a classifier needs images of at least two classes, one sub-folder each",
+        )
+    if params.group_pattern is not None:
+        pattern = re.compile(params.group_pattern)
+        items = [item if item.group else replace(item, group=_group_of(item.key, pattern)) for item in items]
+    return items
+
+
+class _ShardPacker:
+    """Packs outcomes into shards as they come, taking over from the cache every shard that would come out the same."""
+
+    def __init__(self, cache: IngestCache, shaped: ShapedImages, cutter: ShardCutter, raw: Path) -> None:
+        self._cache, self._shaped, self._cutter, self._raw = cache, shaped, cutter, raw
+        self._items: list[SourceItem] = []
+        self._records: list[dict[str, Any]] = []
+        self._outcomes: list[bytes | CachedRow] = []
+        self._relabelled = False
+        self._resources = ExitStack()
+        self._shaped_file: ShapedFile | None = None
+        self._digest = hashlib.sha256()
+        self.shards: list[ShardEntry] = []
+        self.labels: Counter[str] = Counter()
+
+    def __enter__(self) -> _ShardPacker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._resources.close()
+
+    @property
+    def data_sha256(self) -> str:
+        """`Manifest.data_sha256` of all rows so far."""
+        return self._digest.hexdigest()
+
+    def add(self, item: SourceItem, outcome: ReadImage | CachedRow) -> None:
+        """Take the next image, in the order of keys."""
+        record = outcome.record if isinstance(outcome, ReadImage) else self._cached_record(item, outcome)
+        sha256, n_bytes = record["sha256"], record["n_bytes"]
+        if self._cutter.overflows(n_bytes):
+            self._write()
+        if isinstance(outcome, ReadImage):
+            self._begin_shaped_file().add(outcome.shaped)
+            self._outcomes.append(outcome.image)
+        else:
+            self._outcomes.append(outcome)
+            if self._shaped_file is not None:
+                self._shaped_file.add(self._shaped_row(outcome))
+        self._items.append(item)
+        self._records.append(record)
+        self.labels[record["label"]] += 1
+        identity = [str(record[name] or "") for name in ("key", "label", "given_split", "group", "arrived", "sha256")]
+        self._digest.update(("\0".join(identity) + "\n").encode())
+        if self._cutter.add(sha256, n_bytes):
+            self._write()
+
+    def finish(self) -> None:
+        """Write what is left."""
+        if self._records:
+            self._write()
+
+    def _write(self) -> None:
+        """End the present shard: link it from the cache where it is there, else write it."""
+        shard = self._same_shard_in_cache()
+        if shard is None:
+            shaped_file = self._begin_shaped_file()
+            with self._cache.new_file() as file:
+                shard = write_shard(self._records, self._images(), file)
+                keys = [item.key for item in self._items]
+                self._cache.keep_shard(file, shard, keys, [item.fingerprint for item in self._items])
+            shaped_file.keep(shard)
+        self._cache.copy_shard(shard, self._raw)
+        self.shards.append(shard)
+        self._resources.close()
+        self._shaped_file = None
+        self._items, self._records, self._outcomes, self._relabelled = [], [], [], False
+        self._cutter.start_shard()
+
+    def _same_shard_in_cache(self) -> ShardEntry | None:
+        """The cached shard that holds exactly the present rows, if there is one."""
+        first = self._outcomes[0]
+        if self._relabelled or not isinstance(first, CachedRow) or first.shard.rows != len(self._outcomes):
+            return None
+        expected = [CachedRow(first.shard, row) for row in range(first.shard.rows)]
+        return first.shard if self._outcomes == expected else None
+
+    def _cached_record(self, item: SourceItem, row: CachedRow) -> dict[str, Any]:
+        """The columns of an image that was read before, with what the source says of it now."""
+        before = self._cache.record_of(row)
+        record = before | {
+            "label": item.label,
+            "given_split": item.given_split,
+            "group": item.group,
+            "arrived": item.arrived,
+        }
+        self._relabelled = self._relabelled or record != before
+        return record
+
+    def _images(self) -> list[bytes]:
+        """The encoded bytes of the present rows; those of cached ones are read from their shards, each shard once."""
+        images: dict[int, bytes] = {}
+        cached: dict[str, list[tuple[int, CachedRow]]] = {}
+        for position, outcome in enumerate(self._outcomes):
+            if isinstance(outcome, CachedRow):
+                cached.setdefault(outcome.shard.name, []).append((position, outcome))
+            else:
+                images[position] = outcome
+        for rows in cached.values():
+            found = self._cache.images_of(rows[0][1].shard, [row.row for _, row in rows])
+            images.update(zip((position for position, _ in rows), found, strict=True))
+        return [images[position] for position in range(len(self._outcomes))]
+
+    def _begin_shaped_file(self) -> ShapedFile:
+        """The present shard's shaped file, begun once it is known that the shard will be written."""
+        if self._shaped_file is None:
+            self._shaped_file = self._resources.enter_context(self._shaped.new_file())
+            for outcome in self._outcomes:
+                if isinstance(outcome, CachedRow):
+                    self._shaped_file.add(self._shaped_row(outcome))
+        return self._shaped_file
+
+    def _shaped_row(self, row: CachedRow) -> Any:
+        images = self._shaped.open(row.shard)
+        return None if images is None else images[row.row]
+
+
+def _write_quarantine(unusable: Sequence[tuple[SourceItem, UnusableFile]], file: Path, cache: IngestCache) -> None:
+    file.unlink(missing_ok=True)
+    pq.write_table(pa.Table.from_pylist([fault.record for _, fault in unusable], schema=QUARANTINE_SCHEMA), file)
+    lasting = [(item, fault) for item, fault in unusable if fault.lasting]
+    cache.remember_faults([fault.record for _, fault in lasting], [item.fingerprint for item, _ in lasting])
+
+
+def _refuse_too_much_quarantine(
+    unusable: Sequence[tuple[SourceItem, UnusableFile]], total: int, max_share: float
+) -> None:
+    share = len(unusable) / total
+    if share <= max_share:
+        return
+    records = [fault.record for _, fault in unusable]
+    reasons = Counter(str(record["reason"]) for record in records)
+    examples = [f"{record['key']} ({record['reason']}: {record['detail']})" for record in records]
+    raise Refusal(
+        "the images that cannot be used",
+        f"{len(unusable):,} of {total:,} ({share:.1%}): "
+        + ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        + f"; {_some(examples)}",
+        limit=f"{max_share:.1%}, data_ingestion.max_quarantined_share",
+        way_out="data/quarantine.parquet in the run's folder lists them all; mend or remove them, or raise the limit",
+    )
+
+
+def _refuse_lost_classes(items: Sequence[SourceItem], labels: Counter[str]) -> None:
+    listed = Counter(item.label for item in items if item.label)
+    if lost := [f"{label} ({listed[label]} files)" for label in sorted(listed) if not labels[label]]:
+        raise Refusal(
+            "the images that can be used",
+            f"are none of class {', '.join(lost)}",
+            limit="at least one image per class",
+            way_out="data/quarantine.parquet in the run's folder says why",
+        )
+
+
+def _group_of(key: str, pattern: re.Pattern[str]) -> str:
+    match = pattern.search(key)
+    return (match.group(1) or "") if match else ""
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few of a long list."""
+    rest = len(names) - _NAMED_IN_A_MESSAGE
+    return "; ".join(names[:_NAMED_IN_A_MESSAGE]) + (f"; and {rest} more" if rest > 0 else "")

@@ -1,0 +1,47 @@
+"""Stage `data_ingestion`: read the source, measure every image, pack shards, put aside what cannot be read."""
+
+from __future__ import annotations
+
+from pipelines.core.contract import InputContract
+from pipelines.core.results import StageResult
+from pipelines.core.workspace import Workspace
+from pipelines.data.ingestion import ingest
+from pipelines.data.sources.opening import open_source
+from pipelines.params import Params
+from pipelines.settings import get_settings
+
+
+class DataIngestionResult(StageResult):
+    """What was ingested, and the digest that names this version of the data."""
+
+    data_sha256: str
+
+
+def run(params: Params, workspace: Workspace) -> DataIngestionResult:
+    """Write `data/raw/` and `data/quarantine.parquet`.
+
+    Raises:
+        Refusal: there is nothing to train on, or too much of it is broken.
+        TryLater: the source cannot be reached now.
+    """
+    settings = get_settings()
+    shaping = params.data_preprocessing
+    manifest = ingest(
+        open_source(params.data_ingestion, settings),
+        params.data_ingestion,
+        InputContract(size_px=shaping.size_px, channels=shaping.channels, resize=shaping.resize),
+        dataset=params.dataset,
+        raw=workspace.raw,
+        quarantine_file=workspace.quarantine_file,
+        cache_dir=settings.ingest_cache_dir,
+        threads=settings.decode_workers,
+    ).manifest
+    return DataIngestionResult(
+        summary=f"{manifest.rows:,} images, {manifest.quarantined:,} quarantined",
+        metrics={
+            "data/images": float(manifest.rows),
+            "data/quarantined": float(manifest.quarantined),
+            "data/classes": float(len(manifest.labels)),
+        },
+        data_sha256=manifest.data_sha256,
+    )
