@@ -40,7 +40,9 @@ def near_pairs(hashes: Hashes, max_distance: int) -> Iterator[tuple[Indices, Ind
                 yield i[keep], j[keep]
 
 
-def near_across_splits(hashes: NDArray[np.int64], sha256: Indices, split: Indices, max_distance: int) -> NDArray[np.bool]:
+def near_across_splits(
+    hashes: NDArray[np.int64], sha256: Indices, split: Indices, max_distance: int
+) -> NDArray[np.bool]:
     """Tell for each image whether another split holds a near-duplicate of it with different bytes.
 
     Args:
@@ -62,7 +64,8 @@ def near_across_splits(hashes: NDArray[np.int64], sha256: Indices, split: Indice
     for i, j in near_pairs(unique, max_distance):
         np.bitwise_or.at(nearby, i, present[j])
         np.bitwise_or.at(nearby, j, present[i])
-    return ((nearby[group] & ~own) != 0) | _same_hash_other_bytes_and_split(group, sha256, split)
+    alike = _same_hash_other_bytes_and_split(group, sha256, split)
+    return np.asarray(alike | ((nearby[group] & ~own) != 0))
 
 
 def _bands(count: int) -> list[np.uint64]:
