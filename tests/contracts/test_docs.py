@@ -106,6 +106,13 @@ def test_page__commands_it_shows__exist(page: Path) -> None:
 
 
 @each_page
+def test_page__make_targets_it_shows__exist(page: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (PROJECT / "Makefile").read_text(), re.MULTILINE))
+    shown = set(re.findall(r"(?:`|^|=1 )make ([a-z-]+)", page.read_text(), re.MULTILINE))
+    assert shown <= targets
+
+
+@each_page
 def test_page__its_links__lead_to_files_and_headings(page: Path) -> None:
     targets = re.findall(r"\]\((?!https?:|mailto:)([^)]+)\)", page.read_text())
     dead = []
