@@ -1,0 +1,91 @@
+"""`perch models`: the registered versions, and the model card of each."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from pipelines.params import Params
+    from pipelines.registry.models import RegisteredVersion
+
+app = typer.Typer(help="List registered versions, or show the model card of one.", no_args_is_help=False)
+
+ModelOption = Annotated[str, typer.Option("--model", help="Registered model; the one of params.yaml by default.")]
+
+
+@app.callback(invoke_without_command=True)
+def list_models(context: typer.Context, model: ModelOption = "") -> None:
+    """List a model's versions: aliases, test accuracy with its interval, when, from which run, on how many images."""
+    if context.invoked_subcommand is not None:
+        return
+    from rich.table import Table
+
+    from pipelines.registry.models import list_versions
+    from pipelines.settings import get_settings
+
+    console = Console()
+    name = model or default_params().model_name
+    versions = list_versions(get_settings(), name)
+    if not versions:
+        console.print(f"{name} has no registered version yet; `perch run` makes one.", highlight=False)
+        return
+    table = Table(title=name, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table.add_column("version", style="bold", no_wrap=True)
+    table.add_column("aliases", style="green")
+    table.add_column("test accuracy", no_wrap=True)
+    table.add_column("images", justify="right")
+    table.add_column("registered (UTC)", no_wrap=True)
+    table.add_column("run", overflow="fold")
+    for version in versions:
+        table.add_row(
+            f"v{version.version}",
+            ", ".join(version.aliases),
+            format_accuracy(version),
+            f"{version.data_rows:,}" if version.data_rows is not None else "",
+            f"{version.registered_at:%Y-%m-%d %H:%M}",
+            version.run_id,
+        )
+    console.print(table)
+
+
+@app.command("show")
+def show_card(
+    version: Annotated[str, typer.Argument(help="Number of the version, e.g. 3 or v3.", metavar="VERSION")],
+    model: ModelOption = "",
+) -> None:
+    """Print the model card of a version."""
+    from rich.markdown import Markdown
+
+    from pipelines.errors import Refusal
+    from pipelines.registry.models import get_version, read_card
+    from pipelines.settings import get_settings
+
+    digits = version.removeprefix("v")
+    if not digits.isdecimal():
+        raise Refusal("the version", repr(version), limit="a number, e.g. 3", way_out="`perch models` lists them")
+    settings = get_settings()
+    found = get_version(settings, model or default_params().model_name, int(digits))
+    Console().print(Markdown(read_card(settings, found)))
+
+
+def format_accuracy(version: RegisteredVersion) -> str:
+    """`0.963 [0.926, 0.985]`, or nothing for a version that was registered by other means."""
+    if version.accuracy is None:
+        return ""
+    value, low, high = version.accuracy
+    return f"{value:.3f} \\[{low:.3f}, {high:.3f}]"  # the backslash keeps rich from reading the bracket as markup
+
+
+def default_params() -> Params:
+    """The project's `params.yaml`, which names the model.
+
+    Raises:
+        Refusal: the file is missing or wrong.
+    """
+    from pipelines.params import load_params
+    from pipelines.settings import get_settings
+
+    return load_params(get_settings().project_dir / "params.yaml")
