@@ -79,8 +79,8 @@ def _position(values: NDArray[np.float64], sample: NDArray[np.float64]) -> NDArr
 
 
 def _smoothed_shares(positions: NDArray[np.intp], count: int) -> NDArray[np.float64]:
-    counts: NDArray[np.float64] = np.bincount(positions, minlength=count) + 0.5
-    return np.asarray(counts / counts.sum())
+    counts = np.bincount(positions, minlength=count) + 0.5
+    return np.asarray(counts / counts.sum(), dtype=np.float64)
 
 
 def _relative_entropy(p: NDArray[np.float64], q: NDArray[np.float64]) -> float:

@@ -14,9 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.core.shift import jensen_shannon_distance, population_stability_index
+from pipelines.core.splitting import SplitShares, assign_splits
 from pipelines.data.near_duplicates import near_across_splits
 from pipelines.data.shards import METADATA_COLUMNS, read_manifest
 from pipelines.errors import Refusal
+from pipelines.params import Params
 
 FACTS: Mapping[str, str] = {
     "rows": "readable images",
@@ -54,6 +56,42 @@ class Reference:
     training: pd.DataFrame
 
 
+@dataclass(frozen=True)
+class ValidationTables:
+    """What suites are held against: `images`, one row each, and `facts` of the data set, None where not known."""
+
+    images: pd.DataFrame
+    facts: Mapping[str, float | None]
+
+    def by_name(self) -> dict[str, pd.DataFrame]:
+        """Each table under the name of its suite; facts are one row of float64, where NaN is what is not known."""
+        facts = {name: [np.nan if value is None else float(value)] for name, value in self.facts.items()}
+        return {"images": self.images, "dataset": pd.DataFrame(facts)}
+
+
+def build_tables(params: Params, raw: Path, quarantine_file: Path, reference: Reference | None) -> ValidationTables:
+    """Read what was ingested, give each image its split, and compute all that suites may ask about.
+
+    Args:
+        params: shares of the splits, the near-duplicates' distance and the run's date are taken from it.
+        raw: the folder of shards.
+        quarantine_file: the table of unreadable files.
+        reference: the version to compare with.
+
+    Raises:
+        Refusal: as `read_measurements`.
+    """
+    measurements = read_measurements(raw)
+    shares = SplitShares(params.data_preprocessing.train_share, params.data_preprocessing.val_share)
+    splits = assign_splits(
+        measurements["sha256"].tolist(), measurements["group"].tolist(), measurements["given_split"].tolist(), shares
+    )
+    images = describe_images(measurements, splits, params.data_validation.near_duplicate_bits)
+    quarantined = pq.read_metadata(quarantine_file).num_rows
+    facts = measure_data_set(images, quarantined=quarantined, as_of=params.data_ingestion.as_of, reference=reference)
+    return ValidationTables(images, facts)
+
+
 def read_measurements(raw: Path) -> pd.DataFrame:
     """Read the measured columns of `data/raw`, without the encoded images.
 
@@ -80,7 +118,8 @@ def read_measurements(raw: Path) -> pd.DataFrame:
         tables.append(pq.read_table(raw / shard.name, columns=[name for name in names if name != "image"]))
     if sum(len(table) for table in tables) == 0:
         raise Refusal("data/raw", "holds no image", limit="at least one", way_out="look at data/quarantine.parquet")
-    return pa.concat_tables(tables).to_pandas()
+    measurements: pd.DataFrame = pa.concat_tables(tables).to_pandas()
+    return measurements
 
 
 def read_reference(folder: Path, dataset: str) -> Reference | None:
@@ -157,11 +196,6 @@ def measure_data_set(
     if reference is not None:
         facts |= _compare(images, reference)
     return facts
-
-
-def facts_table(facts: Mapping[str, float | None]) -> pd.DataFrame:
-    """Facts as a table with one row of float64, where NaN stands for what is not known."""
-    return pd.DataFrame({name: [np.nan if value is None else float(value)] for name, value in facts.items()})
 
 
 def _compare(images: pd.DataFrame, reference: Reference) -> dict[str, float | None]:

@@ -5,20 +5,11 @@ from __future__ import annotations
 import logging
 import shutil
 
-import pyarrow.parquet as pq
-
 from pipelines.core.results import StageResult, write_json
-from pipelines.core.splitting import SplitShares, assign_splits
 from pipelines.core.workspace import Workspace
 from pipelines.data.data_docs import write_data_docs
 from pipelines.data.suites import SuiteOutcome, load_suites, validate
-from pipelines.data.validation_tables import (
-    describe_images,
-    facts_table,
-    measure_data_set,
-    read_measurements,
-    read_reference,
-)
+from pipelines.data.validation_tables import build_tables, read_reference
 from pipelines.errors import Refusal
 from pipelines.params import Params
 
@@ -50,23 +41,9 @@ def run(params: Params, workspace: Workspace) -> DataValidationResult:
             params.dataset,
         )
     suites = load_suites(folder, tables=("images", "dataset"))
-
     reference = read_reference(workspace.reference, params.dataset)
-    measurements = read_measurements(workspace.raw)
-    shares = SplitShares(params.data_preprocessing.train_share, params.data_preprocessing.val_share)
-    splits = assign_splits(
-        measurements["sha256"].tolist(), measurements["group"].tolist(), measurements["given_split"].tolist(), shares
-    )
-    images = describe_images(measurements, splits, params.data_validation.near_duplicate_bits)
-    facts = measure_data_set(
-        images,
-        quarantined=pq.read_metadata(workspace.quarantine_file).num_rows,
-        as_of=params.data_ingestion.as_of,
-        reference=reference,
-    )
-
-    tables = {"images": images, "dataset": facts_table(facts)}
-    checked = {suite.name: validate(tables[suite.name], suite) for suite in suites}
+    tables = build_tables(params, workspace.raw, workspace.quarantine_file, reference)
+    checked = {suite.name: validate(tables.by_name()[suite.name], suite) for suite in suites}
     outcomes = [outcome for outcome, _ in checked.values()]
     everything = [outcome for suite in outcomes for outcome in suite.expectations]
     met = sum(outcome.success for outcome in everything)
@@ -79,8 +56,8 @@ def run(params: Params, workspace: Workspace) -> DataValidationResult:
         compared_with=reference.version if reference else "nothing, since no version of this data set came before",
         outcomes=outcomes,
         pages={name: page for name, (_, page) in checked.items()},
-        facts=facts,
-        images=images,
+        facts=tables.facts,
+        images=tables.images,
     )
     write_json(
         workspace.validation / "validation.json",
@@ -105,7 +82,7 @@ def run(params: Params, workspace: Workspace) -> DataValidationResult:
         metrics={
             "data/expectations_met": met,
             "data/expectations_total": len(everything),
-            **{f"data/{name}": float(value) for name, value in facts.items() if value is not None},
+            **{f"data/{name}": float(value) for name, value in tables.facts.items() if value is not None},
         },
         reports={"Data Docs": DATA_DOCS},
     )
