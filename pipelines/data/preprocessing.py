@@ -27,6 +27,7 @@ OUTLIER = "outlier"
 
 # 1 % of full scale: however alike a class's images are, smaller deviations make no outlier.
 _SMALLEST_SCALE = 2.55
+_MOST_OUTLIERS = 0.05  # share of a class
 _MAD_TO_STD = 1.4826  # the median absolute deviation of a normal distribution, times this, is its standard deviation
 
 
@@ -57,8 +58,8 @@ def assign_and_leave_out(table: pa.Table, params: DataPreprocessingParams) -> tu
         if content in kept and given[row] != "test":
             left_out[row] = DUPLICATE
         kept.add(content)
-    scores = score_outliers(labels, np.stack([table[name].to_numpy() for name in ("mean", "std")]))
-    for row in np.flatnonzero(scores > params.outlier_z).tolist():
+    properties = np.stack([table[name].to_numpy() for name in ("mean", "std")])
+    for row in np.flatnonzero(find_outliers(labels, properties, params.outlier_z)).tolist():
         if splits[row] == "train" and not left_out[row]:
             left_out[row] = OUTLIER
     used = [split if not reason else "" for split, reason in zip(splits, left_out, strict=True)]
@@ -66,28 +67,34 @@ def assign_and_leave_out(table: pa.Table, params: DataPreprocessingParams) -> tu
     return splits, left_out
 
 
-def score_outliers(labels: Sequence[str], properties: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    """How far each image lies from its class, in robust standard deviations, by the property where that is most.
+def find_outliers(
+    labels: Sequence[str], properties: npt.NDArray[np.float32], outlier_z: float
+) -> npt.NDArray[np.bool_]:
+    """Tell which images lie too far from their class in some property.
 
     The robust z-score of Iglewicz and Hoaglin, "How to Detect and Handle Outliers" (1993): distance from the median
-    over 1.4826 times the median absolute deviation, which a few wild images cannot move.
+    over 1.4826 times the median absolute deviation, which a few wild images cannot move.  Where they are not few, they
+    are another kind of image of that class (a second scanner, colour beside grey), and none of the class is an outlier.
 
     Args:
         labels: the class of each image.
         properties: `(P, N)`, each row one property of all images, in grey levels.
+        outlier_z: the largest score that is still ordinary.
 
     Returns:
-        float64 `(N,)`.
+        bool `(N,)`.
     """
-    scores = np.zeros(len(labels))
+    outliers = np.zeros(len(labels), dtype=np.bool_)
     names = np.asarray(labels)
     for label in np.unique(names):
         rows = np.flatnonzero(names == label)
         values = properties[:, rows].astype(np.float64)
         distance = np.abs(values - np.median(values, axis=1, keepdims=True))
         scale = np.maximum(_MAD_TO_STD * np.median(distance, axis=1, keepdims=True), _SMALLEST_SCALE)
-        scores[rows] = (distance / scale).max(axis=0)
-    return scores
+        far = (distance > outlier_z * scale).any(axis=0)
+        if far.sum() <= max(1, _MOST_OUTLIERS * len(rows)):
+            outliers[rows] = far
+    return outliers
 
 
 def write_splits(

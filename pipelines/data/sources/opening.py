@@ -32,8 +32,9 @@ def open_source(params: DataIngestionParams, settings: Settings) -> Source:
         from pipelines.data.sources.download import download
         from pipelines.data.sources.npz import NpzSource
 
-        file = download(location, params.sha256, settings.ingest_cache_dir)
-        return NpzSource(file, params.sha256, settings.ingest_cache_dir, name=without_secrets(location))
+        name = without_secrets(location)
+        file = download(location, params.sha256, settings.ingest_cache_dir, name=name)
+        return NpzSource(file, params.sha256, settings.ingest_cache_dir, name=name)
     if scheme == "s3":
         from pipelines.data.sources.s3 import S3Store
 
