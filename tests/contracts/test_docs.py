@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
-import click
 import pytest
 import typer
+from typer.core import TyperGroup
 
 from pipelines.cli.params_reference import render
 from pipelines.params import Params
@@ -22,22 +23,22 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relativ
 each_record = pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.name[:4])
 
 
-def _commands(group: click.Group, path: str = "perch") -> dict[str, click.Command]:
+def _commands(group: TyperGroup, path: str = "perch") -> dict[str, Any]:
     """Every command below a group by its full name, e.g. `perch models show`; groups that do something included."""
-    found: dict[str, click.Command] = {}
+    found: dict[str, Any] = {}
     for name, command in group.commands.items():
-        if isinstance(command, click.Group):
+        if isinstance(command, TyperGroup):
             found |= _commands(command, f"{path} {name}")
-        if not isinstance(command, click.Group) or command.invoke_without_command:
+        if not isinstance(command, TyperGroup) or command.invoke_without_command:
             found[f"{path} {name}"] = command
     return found
 
 
-def _cli() -> dict[str, click.Command]:
+def _cli() -> dict[str, Any]:
     from pipelines.cli.main import app
 
     group = typer.main.get_command(app)
-    assert isinstance(group, click.Group)
+    assert isinstance(group, TyperGroup)
     return _commands(group)
 
 
@@ -74,7 +75,7 @@ def test_commands_page__every_option__is_named() -> None:
         f"{name} {option}"
         for name, command in _cli().items()
         for parameter in command.params
-        for option in parameter.opts
+        for option in (*parameter.opts, *parameter.secondary_opts)
         if option.startswith("--") and option not in page
     }
     assert not missing
