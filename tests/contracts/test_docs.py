@@ -64,6 +64,14 @@ def test_settings_page__its_table__names_every_variable_and_no_other() -> None:
     assert documented == [f"PERCH_{name.upper()}" for name in Settings.model_fields]
 
 
+def test_settings_page__variables_that_the_code_names__are_on_it() -> None:
+    page = (DOCS / "reference/settings.md").read_text()
+    sources = [file for folder in ("pipelines", "dags", "scripts") for file in (PROJECT / folder).rglob("*.[ps][yh]")]
+    named = {name for file in sources for name in re.findall(r"\b(PERCH_[A-Z0-9]\w*[A-Z0-9])\b", file.read_text())}
+    assert len(named) > 5
+    assert {name for name in named if name not in page} == set()
+
+
 def test_commands_page__its_tables__name_every_command_and_no_other() -> None:
     documented = re.findall(r"^\| `(perch [\w ]+?)(?: [A-Z\[-].*)?` \|", _commands_page(), re.MULTILINE)
     assert sorted(documented) == sorted(_cli())
