@@ -79,7 +79,7 @@ def init(
         typer.echo(f"  not met: {outcome.column}: observed {outcome.observed}; limit {outcome.limit}")
     typer.echo(
         "Review before you commit: does the label set hold every class and no misspelt one?  Are sizes, modes and\n"
-        "intensities what the device delivers, or accidents of this delivery?  Is each severity right: critical stops a run?"
+        "intensities what the device delivers, or accidents of this delivery?  Critical stops a run: is it right there?"
     )
 
 

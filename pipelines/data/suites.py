@@ -134,6 +134,8 @@ def validate(table: pd.DataFrame, suite: Suite) -> tuple[SuiteOutcome, str]:
         result_format=_RESULT_FORMAT if "key" in table else {**_RESULT_FORMAT, "unexpected_index_column_names": []},
     )
     result.results.sort(key=lambda each: each.expectation_config.id)  # failures to compute come first otherwise
+    for each in result.results:
+        each.result = json.loads(json.dumps(each.to_json_dict()["result"]))  # NumPy's numbers cannot be rendered
     outcomes = [_outcome(entries[each.expectation_config.id], each, table) for each in result.results]
     return SuiteOutcome(name=suite.name, expectations=outcomes), _render(result)
 
@@ -218,22 +220,20 @@ def _observed(expectation: Expectation, result: Mapping[str, Any], table: pd.Dat
     column = table.get(expectation.column)
     if len(table) == 1 and column is not None:
         return "not known" if pd.isna(column.iloc[0]) else describe_value(column.iloc[0])
-    if result.get("unexpected_count"):
+    if result.get("unexpected_count") and "element_count" in result:
         checked = result["element_count"] - result["missing_count"]
         return f"{result['unexpected_count']} of {checked} rows: {_examples(result)}"
     details = result.get("details") or {}
     mismatched = details.get("mismatched") if isinstance(details, Mapping) else None
     if mismatched:
-        return "; ".join(f"{kind} {', '.join(map(str, names))}" for kind, names in sorted(mismatched.items()))
+        return "; ".join(f"{kind} {describe_value(names)}" for kind, names in sorted(mismatched.items()))
     if result.get("partial_missing_list") or result.get("partial_unexpected_list"):
         parts = [("missing", result.get("partial_missing_list")), ("unexpected", result.get("partial_unexpected_list"))]
-        return "; ".join(f"{kind} {', '.join(map(describe_value, values))}" for kind, values in parts if values)
+        return "; ".join(f"{kind} {describe_value(sorted(values, key=str))}" for kind, values in parts if values)
     observed = result.get("observed_value")
     if observed is not None:
-        values = observed if isinstance(observed, list) else [observed]
-        if len(values) > 2 * _EXAMPLES:
-            return f"{len(values)} of them"
-        return ", ".join(describe_value(value) for value in values)
+        many = isinstance(observed, list) and len(observed) > 2 * _EXAMPLES
+        return f"{len(observed)} of them" if many else describe_value(observed)
     return _range(column) if column is not None else ""
 
 
@@ -260,7 +260,11 @@ def _range(column: pd.Series[Any]) -> str:
 
 
 def describe_value(value: object) -> str:
-    """A value as a reader wants it: numbers with four digits, whole ones without a point."""
+    """A value as a reader wants it: numbers with four digits, whole ones without a point, lists without brackets."""
+    if isinstance(value, Mapping):
+        return "; ".join(f"{name} {describe_value(each)}" for name, each in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(describe_value(each) for each in value)
     if isinstance(value, (bool, np.bool_)):
         return "true" if value else "false"
     if isinstance(value, (float, np.floating)):
@@ -285,9 +289,9 @@ def describe_limit(type_: str, kwargs: Mapping[str, Any]) -> str:
             quantifier = "all of"
         else:
             quantifier = "only" if type_.endswith("in_set") else "exactly"
-        text = f"{quantifier} {', '.join(describe_value(value) for value in values)}"
+        text = f"{quantifier} {describe_value(values)}"
     else:
-        rest = [str(value) for name, value in sorted(kwargs.items()) if name not in ("column", "mostly")]
+        rest = [describe_value(value) for name, value in sorted(kwargs.items()) if name not in ("column", "mostly")]
         text = " ".join([re.sub(r"^expect_(column_values|column|table)_(to_)?", "", type_).replace("_", " "), *rest])
     mostly = kwargs.get("mostly", 1)
     return text if mostly == 1 else f"{text}, for at least {describe_value(100 * float(mostly))} % of the rows"
@@ -306,6 +310,9 @@ def _render(result: Any) -> str:
             "exception_message": message or None,
             "exception_traceback": message or None,
         }
+        # Labels and keys are the source's; not every part of the page escapes them.
+        each.result = _without_markup(each.result)
+        each.expectation_config.kwargs = _without_markup(each.expectation_config.kwargs)
     document = ValidationResultsPageRenderer().render(result)
     overview = document.sections[0]
     overview.content_blocks = [block for block in overview.content_blocks if block.content_block_type != "collapse"]
@@ -316,3 +323,14 @@ def _render(result: Any) -> str:
     html = view.render(document, template="suite_page.j2")
     html = re.sub(r'\s(?:href|src)="(?:https?:|\.\./)[^"]*"', "", html)
     return re.sub(r"\n\s*\n+", "\n", html)
+
+
+def _without_markup(tree: Any) -> Any:
+    """The same JSON tree with look-alikes of the angle brackets in its texts."""
+    if isinstance(tree, str):
+        return tree.replace("<", "\u2039").replace(">", "\u203a")
+    if isinstance(tree, dict):
+        return {name: _without_markup(each) for name, each in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [_without_markup(each) for each in tree]
+    return tree
