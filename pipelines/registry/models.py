@@ -162,8 +162,8 @@ def download(mlflow: Mlflow, mlflow_run_id: str, artifact: str, into: Path) -> P
             "missing",
             way_out="somebody removed it; register the run again with `perch run --from model_registration`",
         )
-    local = Path(artifacts.download_artifacts(artifact, dst_path=str(into)))
-    return local if local == into / name else local.rename(into / name)
+    with tempfile.TemporaryDirectory(dir=into, prefix=".download-") as folder:  # it mirrors the artifact's folders
+        return Path(artifacts.download_artifacts(artifact, dst_path=folder)).rename(into / name)
 
 
 def find_disagreements(
