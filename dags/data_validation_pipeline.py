@@ -8,6 +8,7 @@ from airflow.sdk import DAG
 
 from dags.dag_support.notifiers import FailureNotice
 from dags.dag_support.stage_tasks import StageOperator
+from pipelines.settings import get_settings
 
 with DAG(
     dag_id="data_validation_pipeline",
@@ -19,7 +20,7 @@ with DAG(
     default_args={
         "owner": "perch",
         "retries": 3,
-        "retry_delay": timedelta(seconds=15),
+        "retry_delay": timedelta(seconds=get_settings().retry_delay_s),
         "retry_exponential_backoff": True,
         "max_retry_delay": timedelta(minutes=10),
         "on_failure_callback": FailureNotice(),

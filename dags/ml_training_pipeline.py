@@ -12,6 +12,7 @@ from dags.dag_support.project import PROJECT_DIR
 from dags.dag_support.stage_tasks import StageOperator
 from pipelines.core.stage_graph import read_stage_graph
 from pipelines.params import load_params
+from pipelines.settings import get_settings
 
 with DAG(
     dag_id="ml_training_pipeline",
@@ -25,7 +26,7 @@ with DAG(
     default_args={
         "owner": "perch",
         "retries": 3,
-        "retry_delay": timedelta(seconds=15),
+        "retry_delay": timedelta(seconds=get_settings().retry_delay_s),
         "retry_exponential_backoff": True,
         "max_retry_delay": timedelta(minutes=10),
         "on_failure_callback": FailureNotice(),

@@ -40,6 +40,9 @@ class Settings(BaseSettings):
     database_url: str = Field("", description="SQLAlchemy URL of the ledger; empty uses a SQLite file in the home.")
     airflow_uri: str = Field("", description="Airflow's address, for links; empty leaves the links out.")
     notice_urls: str = Field("", description="Apprise URLs that get notices, separated by spaces; empty logs them.")
+    retry_delay_s: float = Field(
+        15.0, gt=0, description="Seconds before a failed task's second try; doubled each time."
+    )
     workers: int = Field(0, ge=0, description="Threads that decode images; 0 takes one per core.")
     s3_endpoint_url: str = Field("", description="Endpoint of an S3-compatible store; empty is AWS.")
 

@@ -9,7 +9,9 @@ import typer
 
 
 def show(
-    file: Annotated[Path | None, typer.Argument(help="A parameter file; params.yaml of the project by default.")] = None,
+    file: Annotated[
+        Path | None, typer.Argument(help="A parameter file; params.yaml of the project by default.")
+    ] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of params.yaml.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the reference page of all parameters.")] = False,
 ) -> None:

@@ -41,7 +41,9 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def run(
-    run_id: Annotated[str | None, typer.Option("--run", metavar="ID", help="Name the run; by default its time.")] = None,
+    run_id: Annotated[
+        str | None, typer.Option("--run", metavar="ID", help="Name the run; by default its time.")
+    ] = None,
     set_: SetOption = None,
     as_of: AsOfOption = None,
 ) -> None:
@@ -73,7 +75,9 @@ def parse_overrides(pairs: list[str] | None, conf: str) -> dict[str, Any]:
     except ValueError:
         overrides = None
     if not isinstance(overrides, dict):
-        raise Refusal("--conf", conf, limit="one JSON object of dotted keys", way_out='e.g. {"model_training.epochs": 3}')
+        raise Refusal(
+            "--conf", conf, limit="one JSON object of dotted keys", way_out='e.g. {"model_training.epochs": 3}'
+        )
     for pair in pairs or []:
         key, separator, value = pair.partition("=")
         if not separator:
@@ -106,9 +110,7 @@ def _command(name: str) -> Callable[..., None]:
     return command
 
 
-def _run_step(
-    stage: str, run_id: str, overrides: dict[str, Any], as_of: str | None, by: str, *, as_json: bool
-) -> None:
+def _run_step(stage: str, run_id: str, overrides: dict[str, Any], as_of: str | None, by: str, *, as_json: bool) -> None:
     import time
     from datetime import date
 

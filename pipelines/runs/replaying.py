@@ -93,7 +93,7 @@ def replay_run(settings: Settings, run_id: str, *, from_cache: bool, report: Cal
 def _compare(recording: Recording, replay: Workspace) -> Comparison:
     before, now = recording.workspace, replay
     rows: list[tuple[str, str, str]] = []
-    locks = [_lock_outs(workspace) for workspace in (before, now)]
+    locks = [lock_outs(workspace) for workspace in (before, now)]
     for what, path in (("data", "data/raw"), ("splits", "data/splits"), ("features", "data/features")):
         rows.append((f"{what} ({path})", locks[0].get(path, "none"), locks[1].get(path, "none")))
     training = [read_result(workspace, "model_training") for workspace in (before, now)]
@@ -151,7 +151,7 @@ def _checkout(project: Path, sha: str, into: Path) -> None:
         tar.extractall(into, filter="data")
 
 
-def _lock_outs(workspace: Workspace) -> dict[str, str]:
+def lock_outs(workspace: Workspace) -> dict[str, str]:
     """Path to digest of every output in a workspace's `dvc.lock`."""
     lock = yaml.safe_load((workspace.root / "dvc.lock").read_text(encoding="utf-8"))
     return {out["path"]: out.get("md5", "") for stage in lock["stages"].values() for out in stage.get("outs", [])}

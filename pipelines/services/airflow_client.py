@@ -62,6 +62,11 @@ class AirflowClient:
         body = {"dag_run_id": run_id, "logical_date": None, "conf": conf}
         self._json("POST", f"/dags/{dag_id}/dagRuns", json=body)
 
+    def clear(self, dag_id: str, run_id: str, task_ids: list[str]) -> None:
+        """Have tasks of a DAG run run again."""
+        body = {"dry_run": False, "dag_run_id": run_id, "task_ids": task_ids, "only_failed": False}
+        self._json("POST", f"/dags/{dag_id}/clearTaskInstances", json=body)
+
     def tasks(self, dag_id: str, run_id: str) -> dict[str, TaskState]:
         """Every task of a DAG run, by task id."""
         found = self._json("GET", f"/dags/{dag_id}/dagRuns/{quote(run_id)}/taskInstances")["task_instances"]

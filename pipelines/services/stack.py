@@ -53,8 +53,12 @@ class Stack:
         digest = sha256(str(settings.home).encode()).hexdigest()[:12]
         self.socket = Path(tempfile.gettempdir()) / f"perch-{os.getuid()}-{digest}.sock"
 
-    def up(self, report: Report) -> Ports:
+    def up(self, report: Report, ports: Ports | None = None) -> Ports:
         """Start what is not running and wait until it answers.
+
+        Args:
+            report: takes one line per step.
+            ports: where to listen; by default as `choose_ports` says.
 
         Raises:
             Refusal: a preferred port is taken and was asked for by environment.
@@ -65,7 +69,7 @@ class Stack:
             return self.ports()
         self.down()
         _refuse_missing_tools()
-        ports = _choose_ports()
+        ports = ports or choose_ports()
         programs = [mlflow_program(self.settings, ports), *airflow_programs(self.settings, ports)]
         self.folder.mkdir(parents=True, exist_ok=True)
         ensure_passwords(self.settings)
@@ -241,14 +245,14 @@ def _render_config(stack: Stack, programs: list[Program]) -> str:
     return "\n".join(line.replace("%", "%%") for line in lines) + "\n"
 
 
-def _choose_ports() -> Ports:
+def choose_ports() -> Ports:
     """Ports asked for by environment, which must be free, else the usual ones, else any free ones."""
     chosen: dict[str, int] = {}
     for name, preferred in asdict(PREFERRED_PORTS).items():
         variable = f"PERCH_{name.upper()}_PORT"
         asked = os.environ.get(variable)
         if asked is None:
-            chosen[name] = preferred if _is_free(preferred) else _any_free_port()
+            chosen[name] = preferred if _is_free(preferred) else any_free_port()
         elif asked.isdigit() and 0 < int(asked) < 65536 and _is_free(int(asked)):
             chosen[name] = int(asked)
         else:
@@ -271,7 +275,8 @@ def _is_free(port: int) -> bool:
     return True
 
 
-def _any_free_port() -> int:
+def any_free_port() -> int:
+    """A TCP port that is free on the loopback interface just now."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]

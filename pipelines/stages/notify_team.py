@@ -25,6 +25,10 @@ def run(params: Params, workspace: Workspace) -> NotifyTeamResult:
     registration = json.loads(workspace.result_file("model_registration").read_text(encoding="utf-8"))
     evaluation = json.loads(workspace.result_file("model_evaluation").read_text(encoding="utf-8"))
     card = artifact_url(settings, find_run(settings, params, workspace), "model_evaluation/model_card.html")
-    lines = [registration["summary"], evaluation["summary"], f"model card: {card or workspace.evaluation / 'model_card.html'}"]
+    lines = [
+        registration["summary"],
+        evaluation["summary"],
+        f"model card: {card or workspace.evaluation / 'model_card.html'}",
+    ]
     delivered = send_notice(f"{params.model_name}: version {registration['version']} is a candidate", "\n".join(lines))
     return NotifyTeamResult(summary="sent" if delivered else "not delivered to all", delivered=delivered)

@@ -1,0 +1,97 @@
+"""A run's workspace is fixed when it begins: its parameters, code, suites and reference."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from datetime import date
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipelines.errors import Refusal
+from pipelines.runs.workspaces import find_workspace, list_runs, open_workspace, resolve_params
+from pipelines.settings import Settings
+
+PROJECT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    project = tmp_path / "project"
+    project.mkdir()
+    shutil.copy2(PROJECT / "params.yaml", project)
+    shutil.copy2(PROJECT / "dvc.yaml", project)
+    shutil.copytree(PROJECT / "expectations", project / "expectations")
+    return Settings(project_dir=project, home=tmp_path / "home", _env_file=None)
+
+
+def test_open_workspace__new_run__snapshots_everything_the_run_depends_on(settings: Settings) -> None:
+    workspace = open_workspace(settings, "r1", {"model_training.epochs": 3}, requested_by="a test")
+    record = json.loads(workspace.run_file.read_text())
+    assert record["run_id"] == "r1"
+    assert record["overrides"] == {"model_training.epochs": 3}
+    assert record["requested_by"] == "a test"
+    assert yaml.safe_load(workspace.params_file.read_text())["model_training"]["epochs"] == 3
+    assert (workspace.root / "pipelines" / "stages" / "data_ingestion.py").is_file()
+    assert (workspace.expectations / "default").is_dir()
+    assert json.loads((workspace.reference / "reference.json").read_text())["kind"] == "none"
+
+
+def test_open_workspace__project_edited_afterwards__keeps_what_the_run_began_with(settings: Settings) -> None:
+    open_workspace(settings, "r1", {})
+    file = settings.project_dir / "params.yaml"
+    file.write_text(file.read_text().replace("epochs: 20", "epochs: 1"))
+    again = open_workspace(settings, "r1", {})
+    assert yaml.safe_load(again.params_file.read_text())["model_training"]["epochs"] == 20
+
+
+def test_open_workspace__same_run_other_overrides__is_refused(settings: Settings) -> None:
+    open_workspace(settings, "r1", {"seed": 1})
+    with pytest.raises(Refusal, match="fixed when it begins"):
+        open_workspace(settings, "r1", {"seed": 2})
+
+
+def test_open_workspace__bad_override__leaves_nothing_behind(settings: Settings) -> None:
+    with pytest.raises(Refusal, match=r"model_training\.epochs: value 0"):
+        open_workspace(settings, "r1", {"model_training.epochs": 0})
+    assert not settings.runs_dir.exists()
+
+
+def test_open_workspace__airflow_run_id__becomes_a_plain_folder_name(settings: Settings) -> None:
+    run_id = "manual__2026-11-08T10:00:00+00:00"
+    workspace = open_workspace(settings, run_id, {})
+    assert workspace.root.name == "manual__2026-11-08T10-00-00-00-00"
+    assert find_workspace(settings, run_id) == workspace
+    assert list_runs(settings) == [run_id]
+
+
+@pytest.mark.parametrize("run_id", ["", "..", "/", "x" * 201])
+def test_open_workspace__run_id_that_is_no_name__is_refused(settings: Settings, run_id: str) -> None:
+    with pytest.raises(Refusal, match="run id"):
+        open_workspace(settings, run_id, {})
+
+
+def test_find_workspace__unknown_run__names_those_there_are(settings: Settings) -> None:
+    open_workspace(settings, "known", {})
+    with pytest.raises(Refusal, match="known"):
+        find_workspace(settings, "unknown")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "as_of", "expected"),
+    [
+        ({}, date(2026, 11, 8), date(2026, 11, 8)),
+        ({"data_ingestion.as_of": "2026-11-01"}, date(2026, 11, 8), date(2026, 11, 1)),
+    ],
+)
+def test_resolve_params__as_of__comes_from_the_override_before_the_run(
+    settings: Settings, overrides: dict[str, str], as_of: date, expected: date
+) -> None:
+    assert resolve_params(settings, overrides, as_of=as_of).data_ingestion.as_of == expected
+
+
+def test_resolve_params__no_params_file__says_where_it_looked(tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match="PERCH_PROJECT_DIR"):
+        resolve_params(Settings(project_dir=tmp_path, home=tmp_path), {})
