@@ -29,6 +29,15 @@ class Interval:
     high: float
 
 
+@dataclass(frozen=True)
+class Uncertainty:
+    """How intervals are made: two-sided confidence, and the resamples of those that have no formula."""
+
+    confidence: float
+    samples: int
+    seed: int
+
+
 def normal_quantile(confidence: float) -> float:
     """The half-width, in standard deviations, of a two-sided interval: 1.96 for 0.95."""
     return NormalDist().inv_cdf(0.5 + confidence / 2)
@@ -125,38 +134,24 @@ def pairs_to_show_non_inferiority(margin: float, discordance: float, confidence:
     return math.floor(max(full_agreement, normal)) + 1
 
 
-def mean_interval(parts: list[Interval]) -> Interval | None:
-    """Interval of the mean of independent estimates from their own intervals; `None` without any.
-
-    The distances of the limits from their estimates add in squares (MOVER: Zou and Donner, Statistics in Medicine 27
-    (2008) 1693-1702), so a macro average of perfect classes keeps the doubt that each class has.
-    """
-    if not parts:
-        return None
-    count = len(parts)
-    value = math.fsum(part.value for part in parts) / count
-    down = math.sqrt(math.fsum((part.value - part.low) ** 2 for part in parts)) / count
-    up = math.sqrt(math.fsum((part.high - part.value) ** 2 for part in parts)) / count
-    return Interval(value, value - down, value + up)
-
-
-def bootstrap_interval(
-    statistic: Callable[[IntArray], float], size: int, *, samples: int, confidence: float, seed: int
-) -> Interval:
+def bootstrap_interval(statistic: Callable[[IntArray], float], size: int, how: Uncertainty) -> Interval:
     """Percentile bootstrap of any statistic of `size` images.
 
     Args:
         statistic: takes the int64 `(size,)` indices of a resample (with repeats) and gives a number.
         size: number of images, at least 1.
-        samples: number of resamples.
-        confidence: two-sided.
-        seed: of the resampling; equal seeds give equal limits.
+        how: confidence, number of resamples, and their seed.
 
-    Both models of a paired comparison belong in one `statistic`, so that they see the same resamples.  The limits are
-    widened to hold the estimate itself.  Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), 13.3.
+    The limits are widened to hold the estimate itself.  Source: Efron and Tibshirani, An Introduction to the Bootstrap
+    (1993), 13.3.
     """
     value = statistic(np.arange(size, dtype=np.int64))
-    random = np.random.default_rng(seed)
-    draws = np.array([statistic(random.integers(0, size, size)) for _ in range(samples)])
+    random = np.random.default_rng(how.seed)
+    draws = np.array([statistic(random.integers(0, size, size)) for _ in range(how.samples)])
+    return quantile_interval(value, draws, how.confidence)
+
+
+def quantile_interval(value: float, draws: FloatArray, confidence: float) -> Interval:
+    """An estimate between the quantiles of its draws, widened to hold the estimate itself."""
     low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(value, min(float(low), value), max(float(high), value))

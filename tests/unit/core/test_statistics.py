@@ -9,10 +9,9 @@ from scipy.special import xlogy
 from scipy.stats import binomtest
 
 from pipelines.core.statistics import (
-    Interval,
+    Uncertainty,
     bootstrap_interval,
     mcnemar_exact,
-    mean_interval,
     normal_quantile,
     paired_difference_interval,
     pairs_to_show_non_inferiority,
@@ -125,22 +124,15 @@ def test_pairs_to_show_non_inferiority__full_agreement__is_the_smallest_number_t
         assert paired_difference_interval(0, 0, needed - 2, 2 * confidence - 1).low <= -margin
 
 
-def test_mean_interval__perfect_classes__keeps_their_doubt() -> None:
-    part = Interval(1.0, 0.8, 1.0)
-    interval = mean_interval([part] * 4)
-    assert interval == Interval(1.0, pytest.approx(0.9), 1.0)
-    assert mean_interval([]) is None
-
-
 def test_bootstrap_interval__mean_of_normals__matches_theory_and_repeats() -> None:
     values = np.random.default_rng(3).normal(5.0, 2.0, 400)
 
     def mean(indices: np.ndarray) -> float:
         return float(values[indices].mean())
 
-    interval = bootstrap_interval(mean, 400, samples=2000, confidence=0.95, seed=1)
+    interval = bootstrap_interval(mean, 400, Uncertainty(0.95, 2000, seed=1))
     half = 1.96 * values.std() / math.sqrt(400)
     assert interval.value == pytest.approx(values.mean())
     assert interval.high - interval.low == pytest.approx(2 * half, rel=0.1)
-    assert interval == bootstrap_interval(mean, 400, samples=2000, confidence=0.95, seed=1)
-    assert interval != bootstrap_interval(mean, 400, samples=2000, confidence=0.95, seed=2)
+    assert interval == bootstrap_interval(mean, 400, Uncertainty(0.95, 2000, seed=1))
+    assert interval != bootstrap_interval(mean, 400, Uncertainty(0.95, 2000, seed=2))
