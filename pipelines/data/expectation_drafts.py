@@ -88,7 +88,7 @@ def _draft_images(images: pd.DataFrame) -> list[Expectation]:
         drafted.append(_between(column, *limits, f"Seen {_span(smallest, largest)}."))
     for column, ceiling in (("mean", 255.0), ("std", 127.5), ("p01", 255.0), ("p99", 255.0)):
         low, high = float(images[column].min()), float(images[column].max())
-        margin = max((high - low) / 2, 5.0)
+        margin = max((high - low) / 4, 5.0)
         drafted.append(
             _between(
                 column,

@@ -119,10 +119,14 @@ def validate(table: pd.DataFrame, suite: Suite) -> tuple[SuiteOutcome, str]:
         The outcomes in the suite's order, and Great Expectations' own Data Docs page of them, which needs no network.
     """
     gx = _great_expectations()
-    from great_expectations.data_context.types.base import ProgressBarsConfig
+    from great_expectations.data_context.types import base
 
-    context = gx.get_context(mode="ephemeral")
-    context.variables.progress_bars = ProgressBarsConfig(globally=False)
+    config = base.DataContextConfig(
+        store_backend_defaults=base.InMemoryStoreBackendDefaults(init_temp_docs_sites=False),
+        progress_bars=base.ProgressBarsConfig(globally=False),
+        analytics_enabled=False,
+    )
+    context = gx.get_context(mode="ephemeral", project_config=config)
     asset = context.data_sources.add_pandas("perch").add_dataframe_asset(suite.name)
     batch = asset.add_batch_definition_whole_dataframe("all").get_batch(batch_parameters={"dataframe": table})
     entries = {f"{number:03}": expectation for number, expectation in enumerate(suite.expectations)}
@@ -161,7 +165,9 @@ def _load_suite(file: Path, name: str) -> Suite:
         suite = Suite.model_validate(tree)
     except ValidationError as error:
         mistakes = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
-        raise Refusal(name, "; ".join(mistakes), way_out="docs/reference has the form of a suite") from None
+        raise Refusal(
+            name, "; ".join(mistakes), way_out="docs/reference/expectations.md shows the form of a suite"
+        ) from None
     if suite.name != file.stem:
         raise Refusal(name, f'has the name "{suite.name}"', limit=f'"{file.stem}"', way_out="rename the suite")
     for number, expectation in enumerate(suite.expectations):
