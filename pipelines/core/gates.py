@@ -1,11 +1,12 @@
 """The gate's tests: each takes numbers and gives one `GateCheck`, and a `Verdict` is all of them together.
 
-Three rules, by who has to prove what:
+No test looks at an estimate alone.  Which limit of its interval it looks at depends on who has to prove what:
 
-* A floor (accuracy) is held against the lower confidence limit: the model proves that it is good enough.
-* Overall, against the reference, the model proves that it is not worse by more than a margin (`non_inferior`).
-* In a class or a slice there are too few images to prove that, and there are many of them, so that chance would block
-  good models: there a drop blocks only when it is beyond doubt larger than the margin (`no_clear_drop`).
+* *Proven*: accuracy is held against its floor by its lower limit (`at_least`), and against the reference the model
+  must be shown not to be worse by more than a margin (`non_inferior`).
+* *Beyond doubt*: classes, slices and side conditions are many and have few images each, so that chance would block good
+  models.  They block when the limit nearer to the threshold lies beyond it (`no_clear_drop`, `no_clear_shortfall`,
+  `no_clear_excess`).
 """
 
 from __future__ import annotations
@@ -68,6 +69,16 @@ def not_judged(name: str, reason: str, *, limit: float | None = None, interval: 
 def at_least(name: str, interval: Interval, limit: float, detail: str = "") -> GateCheck:
     """Pass where even the lower confidence limit reaches the floor."""
     return _check(name, passed=interval.low >= limit, interval=interval, limit=limit, detail=detail)
+
+
+def no_clear_shortfall(name: str, interval: Interval, limit: float, detail: str = "") -> GateCheck:
+    """Fail where even the upper confidence limit is below what was asked."""
+    return _check(name, passed=interval.high >= limit, interval=interval, limit=limit, detail=detail)
+
+
+def no_clear_excess(name: str, interval: Interval, limit: float, detail: str = "") -> GateCheck:
+    """Fail where even the lower confidence limit is above what was allowed."""
+    return _check(name, passed=interval.low <= limit, interval=interval, limit=limit, detail=detail)
 
 
 def non_inferior(
