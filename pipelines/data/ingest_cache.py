@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 
 from pipelines.core import image_decoding, image_features
 from pipelines.data.reading import UnusableFile
-from pipelines.data.shards import METADATA_COLUMNS, ShardEntry, file_sha256
+from pipelines.data.shards import METADATA_COLUMNS, ShardEntry, ShardImages, file_sha256
 from pipelines.data.sources.base import SourceItem
 
 _ABANDONED_AFTER_S = 24 * 3600.0
@@ -64,7 +64,8 @@ class IngestCache:
         self._rows: dict[str, tuple[str, CachedRow]] = {}
         self._faults: dict[str, tuple[str, UnusableFile]] = {}
         self._sound: dict[str, bool] = {}
-        self._latest: tuple[str, list[dict[str, Any]]] = ("", [])
+        self._records: tuple[str, list[dict[str, Any]]] = ("", [])
+        self._images: tuple[str, ShardImages | None] = ("", None)
         for folder in (self._index, self._shards):
             folder.mkdir(parents=True, exist_ok=True)
         remove_abandoned(root)
@@ -86,15 +87,18 @@ class IngestCache:
 
     def record_of(self, row: CachedRow) -> dict[str, Any]:
         """The metadata columns of a cached image.  Fast for rows asked for in their order."""
-        if self._latest[0] != row.shard.name:
+        if self._records[0] != row.shard.name:
             table = pq.read_table(self.shard_file(row.shard), columns=METADATA_COLUMNS)
-            self._latest = (row.shard.name, table.to_pylist())
-        return dict(self._latest[1][row.row])
+            self._records = (row.shard.name, table.to_pylist())
+        return dict(self._records[1][row.row])
 
-    def images_of(self, shard: ShardEntry, rows: Sequence[int]) -> list[bytes]:
-        """The encoded bytes of some of a cached shard's images."""
-        images = pq.read_table(self.shard_file(shard), columns=["image"])["image"]
-        return [images[row].as_py() for row in rows]
+    def image_of(self, row: CachedRow) -> bytes:
+        """The encoded bytes of a cached image.  Fast for rows asked for in their order."""
+        name, images = self._images
+        if images is None or name != row.shard.name:
+            images = ShardImages(self.shard_file(row.shard))
+            self._images = (row.shard.name, images)
+        return images[row.row]
 
     def shard_file(self, shard: ShardEntry) -> Path:
         """Where a shard lies in the cache."""

@@ -13,6 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -21,8 +23,8 @@ from pipelines.data.ingest_cache import QUARANTINE_SCHEMA, CachedRow, IngestCach
 from pipelines.data.parallel import map_ordered
 from pipelines.data.progress import ImageProgress
 from pipelines.data.reading import ImageReader, ReadImage, UnusableFile
-from pipelines.data.shaped_images import ShapedFile, ShapedImages
-from pipelines.data.shards import Manifest, ShardCutter, ShardEntry, write_shard
+from pipelines.data.shaped_images import ShapedImages
+from pipelines.data.shards import Manifest, ShardCutter, ShardEntry, ShardWriter
 from pipelines.data.sources.base import Source, SourceItem
 from pipelines.data.sources.opening import without_secrets
 from pipelines.errors import Refusal
@@ -159,16 +161,18 @@ def list_items(source: Source, params: DataIngestionParams) -> list[SourceItem]:
 
 
 class _ShardPacker:
-    """Packs outcomes into shards as they come, taking over from the cache every shard that would come out the same."""
+    """Packs outcomes into shards as they come, taking over from the cache every shard that would come out the same.
+
+    A shard is written from the first image on that makes it another than a cached one; until then it is only counted.
+    """
 
     def __init__(self, cache: IngestCache, shaped: ShapedImages, cutter: ShardCutter, raw: Path) -> None:
         self._cache, self._shaped, self._cutter, self._raw = cache, shaped, cutter, raw
-        self._items: list[SourceItem] = []
-        self._records: list[dict[str, Any]] = []
-        self._outcomes: list[bytes | CachedRow] = []
-        self._relabelled = False
+        self._keys: list[str] = []
+        self._fingerprints: list[str] = []
+        self._unwritten: list[tuple[dict[str, Any], CachedRow]] = []
+        self._shard_file: _ShardFile | None = None
         self._resources = ExitStack()
-        self._shaped_file: ShapedFile | None = None
         self._digest = hashlib.sha256()
         self.shards: list[ShardEntry] = []
         self.labels: Counter[str] = Counter()
@@ -186,93 +190,90 @@ class _ShardPacker:
 
     def add(self, item: SourceItem, outcome: ReadImage | CachedRow) -> None:
         """Take the next image, in the order of keys."""
-        record = outcome.record if isinstance(outcome, ReadImage) else self._cached_record(item, outcome)
-        sha256, n_bytes = record["sha256"], record["n_bytes"]
-        if self._cutter.overflows(n_bytes):
-            self._write()
+        record, changed = (outcome.record, True) if isinstance(outcome, ReadImage) else self._recall(item, outcome)
+        if self._cutter.overflows(record["n_bytes"]):
+            self._end_shard()
         if isinstance(outcome, ReadImage):
-            self._begin_shaped_file().add(outcome.shaped)
-            self._outcomes.append(outcome.image)
+            self._write().add(record, outcome.image, outcome.shaped)
         else:
-            self._outcomes.append(outcome)
-            if self._shaped_file is not None:
-                self._shaped_file.add(self._shaped_row(outcome))
-        self._items.append(item)
-        self._records.append(record)
+            expected = CachedRow(outcome.shard, len(self._unwritten))
+            if self._shard_file is None and (changed or outcome != expected or self._belongs_elsewhere(outcome)):
+                self._write()
+            if self._shard_file is None:
+                self._unwritten.append((record, outcome))
+            else:
+                self._write_cached(self._shard_file, record, outcome)
+        self._keys.append(item.key)
+        self._fingerprints.append(item.fingerprint)
         self.labels[record["label"]] += 1
         identity = [str(record[name] or "") for name in ("key", "label", "given_split", "group", "arrived", "sha256")]
         self._digest.update(("\0".join(identity) + "\n").encode())
-        if self._cutter.add(sha256, n_bytes):
-            self._write()
+        if self._cutter.add(record["sha256"], record["n_bytes"]):
+            self._end_shard()
 
     def finish(self) -> None:
-        """Write what is left."""
-        if self._records:
-            self._write()
+        """End the last shard."""
+        if self._keys:
+            self._end_shard()
 
-    def _write(self) -> None:
-        """End the present shard: link it from the cache where it is there, else write it."""
-        shard = self._same_shard_in_cache()
-        if shard is None:
-            shaped_file = self._begin_shaped_file()
-            with self._cache.new_file() as file:
-                shard = write_shard(self._records, self._images(), file)
-                keys = [item.key for item in self._items]
-                self._cache.keep_shard(file, shard, keys, [item.fingerprint for item in self._items])
-            shaped_file.keep(shard)
+    def _end_shard(self) -> None:
+        """Link the shard from the cache where it is there, else finish writing it."""
+        if self._shard_file is None and len(self._unwritten) == self._unwritten[0][1].shard.rows:
+            shard = self._unwritten[0][1].shard
+        else:
+            shard = self._write().keep(self._keys, self._fingerprints)
         self._cache.copy_shard(shard, self._raw)
         self.shards.append(shard)
         self._resources.close()
-        self._shaped_file = None
-        self._items, self._records, self._outcomes, self._relabelled = [], [], [], False
+        self._shard_file = None
+        self._keys, self._fingerprints, self._unwritten = [], [], []
         self._cutter.start_shard()
 
-    def _same_shard_in_cache(self) -> ShardEntry | None:
-        """The cached shard that holds exactly the present rows, if there is one."""
-        first = self._outcomes[0]
-        if self._relabelled or not isinstance(first, CachedRow) or first.shard.rows != len(self._outcomes):
-            return None
-        expected = [CachedRow(first.shard, row) for row in range(first.shard.rows)]
-        return first.shard if self._outcomes == expected else None
-
-    def _cached_record(self, item: SourceItem, row: CachedRow) -> dict[str, Any]:
-        """The columns of an image that was read before, with what the source says of it now."""
+    def _recall(self, item: SourceItem, row: CachedRow) -> tuple[dict[str, Any], bool]:
+        """The columns of an image that was read before, as the source lists it now, and whether that changed them."""
         before = self._cache.record_of(row)
-        record = before | {
-            "label": item.label,
-            "given_split": item.given_split,
-            "group": item.group,
-            "arrived": item.arrived,
-        }
-        self._relabelled = self._relabelled or record != before
-        return record
+        listed = {"label": item.label, "given_split": item.given_split, "group": item.group, "arrived": item.arrived}
+        record = before | listed
+        return record, record != before
 
-    def _images(self) -> list[bytes]:
-        """The encoded bytes of the present rows; those of cached ones are read from their shards, each shard once."""
-        images: dict[int, bytes] = {}
-        cached: dict[str, list[tuple[int, CachedRow]]] = {}
-        for position, outcome in enumerate(self._outcomes):
-            if isinstance(outcome, CachedRow):
-                cached.setdefault(outcome.shard.name, []).append((position, outcome))
-            else:
-                images[position] = outcome
-        for rows in cached.values():
-            found = self._cache.images_of(rows[0][1].shard, [row.row for _, row in rows])
-            images.update(zip((position for position, _ in rows), found, strict=True))
-        return [images[position] for position in range(len(self._outcomes))]
+    def _belongs_elsewhere(self, row: CachedRow) -> bool:
+        """Whether a row comes from another cached shard than those before it."""
+        return bool(self._unwritten) and self._unwritten[0][1].shard != row.shard
 
-    def _begin_shaped_file(self) -> ShapedFile:
-        """The present shard's shaped file, begun once it is known that the shard will be written."""
-        if self._shaped_file is None:
-            self._shaped_file = self._resources.enter_context(self._shaped.new_file())
-            for outcome in self._outcomes:
-                if isinstance(outcome, CachedRow):
-                    self._shaped_file.add(self._shaped_row(outcome))
-        return self._shaped_file
+    def _write(self) -> _ShardFile:
+        """The file of the present shard, begun where it was only counted so far."""
+        if self._shard_file is None:
+            self._shard_file = _ShardFile(self._cache, self._shaped, self._resources)
+            for record, row in self._unwritten:
+                self._write_cached(self._shard_file, record, row)
+            self._unwritten = []
+        return self._shard_file
 
-    def _shaped_row(self, row: CachedRow) -> Any:
-        images = self._shaped.open(row.shard)
-        return None if images is None else images[row.row]
+    def _write_cached(self, file: _ShardFile, record: dict[str, Any], row: CachedRow) -> None:
+        shaped = self._shaped.open(row.shard)
+        file.add(record, self._cache.image_of(row), None if shaped is None else shaped[row.row])
+
+
+class _ShardFile:
+    """A shard being written, and beside it the file of its shaped images; gone with `resources` unless kept."""
+
+    def __init__(self, cache: IngestCache, shaped: ShapedImages, resources: ExitStack) -> None:
+        self._cache = cache
+        self._path = resources.enter_context(cache.new_file())
+        self._images = ShardWriter(self._path)
+        self._shaped = resources.enter_context(shaped.new_file())
+
+    def add(self, record: dict[str, Any], image: bytes, shaped: npt.NDArray[np.uint8] | None) -> None:
+        """Append an image, and its pixels as the model will see them where they are at hand."""
+        self._images.add(record, image)
+        self._shaped.add(shaped)
+
+    def keep(self, keys: Sequence[str], fingerprints: Sequence[str]) -> ShardEntry:
+        """Finish both files and put them into the cache."""
+        shard = self._images.close()
+        self._cache.keep_shard(self._path, shard, keys, fingerprints)
+        self._shaped.keep(shard)
+        return shard
 
 
 def _write_quarantine(unusable: Sequence[tuple[SourceItem, UnusableFile]], file: Path, cache: IngestCache) -> None:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
@@ -42,8 +45,10 @@ SCHEMA = pa.schema(
 METADATA_SCHEMA = pa.schema([column for column in SCHEMA if column.name != "image"])
 METADATA_COLUMNS = METADATA_SCHEMA.names
 
-TARGET_SHARD_BYTES = 32 * 2**20  # what a shard of large images comes to on average; it is held in memory while it grows
-_ROW_GROUP_IMAGES = 128  # what must be read to get at one image
+TARGET_SHARD_BYTES = 64 * 2**20  # what a shard of large images comes to on average
+# A row group is held in memory while it is written, and read whole to get at one of its images.
+_ROW_GROUP_IMAGES = 128
+_ROW_GROUP_BYTES = 8 * 2**20
 
 
 class ShardEntry(BaseModel):
@@ -118,28 +123,83 @@ class ShardCutter:
         self._count = self._size = 0
 
 
-def write_shard(records: Sequence[Mapping[str, Any]], images: Sequence[bytes], file: Path) -> ShardEntry:
-    """Write one shard; equal rows give equal bytes.
+class ShardWriter:
+    """Writes one shard as its images come; equal rows give equal bytes.  Holds one row group in memory.
 
     Args:
-        records: the metadata columns of each image.
-        images: the encoded bytes of each image.
-        file: where to write; the entry's name says what the file should be called.
+        file: where to write; the entry that `close` returns says what the file should be called.
     """
-    table = pa.Table.from_pylist([dict(record) for record in records], schema=METADATA_SCHEMA)
-    table = table.append_column(SCHEMA.field("image"), pa.array(images, type=pa.binary()))
-    pq.write_table(
-        table,
-        file,
-        row_group_size=_ROW_GROUP_IMAGES,
-        version="2.6",
-        # Images are compressed already; statistics over them would copy whole images into the footer.
-        compression={name: "none" if name == "image" else "zstd" for name in SCHEMA.names},
-        use_dictionary=["label", "given_split", "group", "format", "mode"],
-        write_statistics=METADATA_COLUMNS,
-    )
-    digest = file_sha256(file)
-    return ShardEntry(name=f"{digest[:16]}.parquet", rows=len(records), sha256=digest)
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._writer = pq.ParquetWriter(
+            file,
+            SCHEMA,
+            version="2.6",
+            # Images are compressed already; statistics over them would copy whole images into the footer.
+            compression={name: "none" if name == "image" else "snappy" for name in SCHEMA.names},
+            use_dictionary=["label", "given_split", "group", "format", "mode"],
+            write_statistics=METADATA_COLUMNS,
+        )
+        self._rows = self._pending_bytes = 0
+        self._records: list[Mapping[str, Any]] = []
+        self._images: list[bytes] = []
+
+    def add(self, record: Mapping[str, Any], image: bytes) -> None:
+        """Append an image.
+
+        Args:
+            record: the metadata columns.
+            image: the encoded bytes.
+        """
+        if self._images and self._pending_bytes + len(image) > _ROW_GROUP_BYTES:
+            self._write_row_group()
+        self._records.append(record)
+        self._images.append(image)
+        self._pending_bytes += len(image)
+        if len(self._images) == _ROW_GROUP_IMAGES:
+            self._write_row_group()
+
+    def close(self) -> ShardEntry:
+        """Finish the file; its digest is its name."""
+        if self._images:
+            self._write_row_group()
+        self._writer.close()
+        digest = file_sha256(self._file)
+        return ShardEntry(name=f"{digest[:16]}.parquet", rows=self._rows, sha256=digest)
+
+    def _write_row_group(self) -> None:
+        columns = [
+            pa.array([row[name] for row in self._records], METADATA_SCHEMA.field(name).type)
+            for name in METADATA_COLUMNS
+        ]
+        columns.append(_binary_array(self._images))
+        self._writer.write_table(pa.Table.from_arrays(columns, schema=SCHEMA))
+        self._rows += len(self._images)
+        self._records, self._images, self._pending_bytes = [], [], 0
+
+
+def _binary_array(images: Sequence[bytes]) -> pa.Array:
+    """A binary column without the regrowing buffer of `pa.array`, which costs more than the copy itself."""
+    offsets = np.fromiter(accumulate(map(len, images), initial=0), np.int32, len(images) + 1)
+    return pa.Array.from_buffers(pa.binary(), len(images), [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(images))])
+
+
+class ShardImages:
+    """Encoded bytes of a shard's images by row; fast for rows asked for in their order, holds one row group."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = pq.ParquetFile(file)
+        sizes = [self._file.metadata.row_group(group).num_rows for group in range(self._file.num_row_groups)]
+        self._starts = list(accumulate(sizes, initial=0))
+        self._group, self._images = -1, pa.chunked_array([], pa.binary())
+
+    def __getitem__(self, row: int) -> bytes:
+        group = bisect_right(self._starts, row) - 1
+        if group != self._group:
+            self._group, self._images = group, self._file.read_row_group(group, columns=["image"])["image"]
+        image: bytes = self._images[row - self._starts[group]].as_py()
+        return image
 
 
 def read_metadata(raw: Path) -> pa.Table:
