@@ -9,7 +9,8 @@ import jinja2
 import pandas as pd
 
 from pipelines.core.splitting import SPLITS
-from pipelines.data.suites import SuiteOutcome, describe_value
+from pipelines.data.outcome_wording import describe_value
+from pipelines.data.suites import SuiteOutcome
 from pipelines.data.validation_tables import FACTS
 
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import pandas as pd
 
+from pipelines.data.outcome_wording import describe_value
 from pipelines.data.shards import METADATA_COLUMNS
-from pipelines.data.suites import Expectation, Severity, Suite, describe_value
+from pipelines.data.suites import Expectation, Severity, Suite
 from pipelines.data.validation_tables import ValidationTables
 
 _DERIVED_COLUMNS = ("split", "is_duplicate", "label_conflict", "leaks", "leaks_into_test", "near_leaks")

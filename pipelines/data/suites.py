@@ -10,23 +10,22 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jinja2
-import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pipelines.data.outcome_wording import describe_limit, describe_observed
 from pipelines.errors import Refusal
 
 Severity = Literal["critical", "warning", "info"]
 
-_EXAMPLES = 5
 _RESULT_FORMAT = {
     "result_format": "SUMMARY",
-    "partial_unexpected_count": _EXAMPLES,
+    "partial_unexpected_count": 5,
     "unexpected_index_column_names": ["key"],
 }
 
@@ -207,7 +206,9 @@ def _outcome(expectation: Expectation, result: Any, table: pd.DataFrame) -> Outc
         column=expectation.column,
         success=bool(result.success),
         severity=expectation.severity,
-        observed=f"could not be checked: {error}" if error else _observed(expectation, result.result, table),
+        observed=f"could not be checked: {error}"
+        if error
+        else describe_observed(expectation.column, result.result, table),
         limit=describe_limit(expectation.type, expectation.kwargs),
         description=expectation.notes,
     )
@@ -220,87 +221,6 @@ def _exception(result: Any) -> str:
         if each.get("raised_exception"):
             return str(each["exception_message"]).removeprefix("Error: ").strip()
     return ""
-
-
-def _observed(expectation: Expectation, result: Mapping[str, Any], table: pd.DataFrame) -> str:
-    column = table.get(expectation.column)
-    if len(table) == 1 and column is not None:
-        return "not known" if pd.isna(column.iloc[0]) else describe_value(column.iloc[0])
-    if result.get("unexpected_count") and "element_count" in result:
-        checked = result["element_count"] - result["missing_count"]
-        return f"{result['unexpected_count']} of {checked} rows: {_examples(result)}"
-    details = result.get("details") or {}
-    mismatched = details.get("mismatched") if isinstance(details, Mapping) else None
-    if mismatched:
-        return "; ".join(f"{kind} {describe_value(names)}" for kind, names in sorted(mismatched.items()))
-    if result.get("partial_missing_list") or result.get("partial_unexpected_list"):
-        parts = [("missing", result.get("partial_missing_list")), ("unexpected", result.get("partial_unexpected_list"))]
-        return "; ".join(f"{kind} {describe_value(sorted(values, key=str))}" for kind, values in parts if values)
-    observed = result.get("observed_value")
-    if observed is not None:
-        many = isinstance(observed, list) and len(observed) > 2 * _EXAMPLES
-        return f"{len(observed)} of them" if many else describe_value(observed)
-    return _range(column) if column is not None else ""
-
-
-def _examples(result: Mapping[str, Any]) -> str:
-    values = list(dict.fromkeys(describe_value(value) for value in result.get("partial_unexpected_list", [])))
-    rows = result.get("partial_unexpected_index_list") or []
-    keys = [str(row["key"]) for row in rows if isinstance(row, Mapping) and "key" in row]
-    return ", ".join(values) + (f" (e.g. {', '.join(keys)})" if keys else "")
-
-
-def _range(column: pd.Series[Any]) -> str:
-    """A column in a few words: its range where it holds numbers, its commonest values otherwise."""
-    known = column.dropna()
-    if known.empty:
-        return "all empty"
-    if pd.api.types.is_numeric_dtype(known) and not pd.api.types.is_bool_dtype(known):
-        low, high = describe_value(known.min()), describe_value(known.max())
-        return low if low == high else f"{low} to {high}"
-    distinct = known.nunique()
-    if distinct > 2 * _EXAMPLES:
-        return f"{distinct} different values"
-    counts = known.value_counts()
-    return ", ".join(f"{describe_value(value)} ({counts[value]})" for value in sorted(counts.index, key=str))
-
-
-def describe_value(value: object) -> str:
-    """A value as a reader wants it: numbers with four digits, whole ones without a point, lists without brackets."""
-    if isinstance(value, Mapping):
-        return "; ".join(f"{name} {describe_value(each)}" for name, each in value.items())
-    if isinstance(value, (list, tuple)):
-        return ", ".join(describe_value(each) for each in value)
-    if isinstance(value, (bool, np.bool_)):
-        return "true" if value else "false"
-    if isinstance(value, (float, np.floating)):
-        return f"{value:.0f}" if float(value).is_integer() else f"{value:.4g}"
-    return str(value)
-
-
-def describe_limit(type_: str, kwargs: Mapping[str, Any]) -> str:
-    """An expectation's arguments in words, e.g. `8 to 4096, for at least 99 % of the rows`."""
-    low, high = kwargs.get("min_value"), kwargs.get("max_value")
-    values = kwargs.get("value_set", kwargs.get("column_set"))
-    if low is not None and low == high:
-        text = f"exactly {describe_value(low)}"
-    elif low is not None and high is not None:
-        text = f"{describe_value(low)} to {describe_value(high)}"
-    elif low is not None:
-        text = f"{'more than' if kwargs.get('strict_min') else 'at least'} {describe_value(low)}"
-    elif high is not None:
-        text = f"{'less than' if kwargs.get('strict_max') else 'at most'} {describe_value(high)}"
-    elif values is not None:
-        if type_.endswith("contain_set") or kwargs.get("exact_match") is False:
-            quantifier = "all of"
-        else:
-            quantifier = "only" if type_.endswith("in_set") else "exactly"
-        text = f"{quantifier} {describe_value(values)}"
-    else:
-        rest = [describe_value(value) for name, value in sorted(kwargs.items()) if name not in ("column", "mostly")]
-        text = " ".join([re.sub(r"^expect_(column_values|column|table)_(to_)?", "", type_).replace("_", " "), *rest])
-    mostly = kwargs.get("mostly", 1)
-    return text if mostly == 1 else f"{text}, for at least {describe_value(100 * float(mostly))} % of the rows"
 
 
 def _render(result: Any) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pipelines.data.suites import Suite, describe_limit, load_suites, validate
+from pipelines.data.suites import Suite, load_suites, validate
 from pipelines.errors import Refusal
 
 BETWEEN = "expect_column_values_to_be_between"
@@ -143,18 +143,3 @@ def test_validate__page__loads_nothing_runs_nothing_and_tells_no_time_or_path(ta
     assert "site-packages" not in page
     assert "\u2039script\u203a0" in page
     assert page == validate(table, checks)[1]
-
-
-@pytest.mark.parametrize(
-    ("type_", "kwargs", "text"),
-    [
-        (BETWEEN, {"min_value": 8, "max_value": 8.0}, "exactly 8"),
-        (BETWEEN, {"min_value": 0.125}, "at least 0.125"),
-        (BETWEEN, {"max_value": 3, "strict_max": True}, "less than 3"),
-        (IN_SET, {"value_set": ["L", "RGB"], "mostly": 0.995}, "only L, RGB, for at least 99.5 % of the rows"),
-        ("expect_column_values_to_match_regex", {"regex": "^a"}, "match regex ^a"),
-        ("expect_table_columns_to_match_set", {"column_set": ["a"], "exact_match": False}, "all of a"),
-    ],
-)
-def test_describe_limit__arguments__read_as_words(type_: str, kwargs: dict[str, Any], text: str) -> None:
-    assert describe_limit(type_, {"column": "c", **kwargs}) == text
