@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Resolves pyproject.toml into requirements.lock: one environment for everything, direct pins, no addresses.
+# Resolves pyproject.toml into requirements.lock: one environment for everything on Python 3.11 to 3.13, no addresses.
 # PyTorch's build (CPU or CUDA) is the machine's choice, so its local version and CUDA packages stay out of the lock.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -8,7 +8,8 @@ environment=${1:?usage: make-lock.sh FOLDER}
 export UV_FIND_LINKS=${UV_FIND_LINKS:-$("$environment/bin/python" -m pip config get global.find-links 2>/dev/null || true)}
 {
   echo "# Made by \`make lock\` from pyproject.toml.  Installed by scripts/make-environment.sh: torch by pip, the rest by uv."
-  "$environment/bin/uv" --quiet pip compile pyproject.toml --all-extras --group dev --python-version 3.11 \
-    --no-header --no-annotate | sed -E 's/^(torch==[^+]+)\+.*/\1/; /^(nvidia-(c|n[^v]|nv[^-m])|triton)/d'
+  "$environment/bin/uv" --quiet pip compile pyproject.toml --all-extras --group dev --python-version 3.11 --universal \
+    --no-header --no-annotate |
+    sed -E '/^torch==.*\+/d; s/^(torch==[^ ]+) ;.*/\1/; /^(nvidia-|cuda-|triton==)/{/^nvidia-ml-py/!d}'
 } >requirements.lock.new
 mv requirements.lock.new requirements.lock
