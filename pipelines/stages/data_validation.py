@@ -97,8 +97,10 @@ def _refuse_failures(dataset: str, suites_name: str, outcomes: list[SuiteOutcome
     ]
     if failures:
         total = sum(len(suite.expectations) for suite in outcomes)
+        own = suites_name.endswith(f"/{dataset}")
+        review = f"review {suites_name}" if own else f"draft suites of its own with `perch expectations init {dataset}`"
         raise Refusal(
             f"the data set {dataset}",
             f"fails {len(failures)} of {total} expectations\n    " + "\n    ".join(failures),
-            way_out=f"look at {DATA_DOCS} in the run's folder; then mend the data, or review {suites_name}",
+            way_out=f"look at {DATA_DOCS} in the run's folder; then mend the data, or {review}, and start a new run",
         )
