@@ -109,7 +109,7 @@ def _prepare() -> None:
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     importlib.import_module("mlflow")  # which sets up its loggers, so that ours is the last word
-    for logger in ("mlflow", "alembic"):
+    for logger in ("mlflow", "alembic", "urllib3.connectionpool"):
         logging.getLogger(logger).setLevel(logging.ERROR)
 
 

@@ -16,7 +16,7 @@ _LONGEST_PAUSE_S = 8.0
 
 
 def be_patient(operation: Callable[[], T], *, transient: Callable[[Exception], bool], name: str) -> T:
-    """Call an idempotent operation until it succeeds, for up to `PATIENCE_S` seconds.
+    """Call an idempotent operation until it succeeds, for up to `PATIENCE_S` seconds after its first failure.
 
     Args:
         operation: is called again from its beginning after a failure.
@@ -26,7 +26,7 @@ def be_patient(operation: Callable[[], T], *, transient: Callable[[Exception], b
     Raises:
         TryLater: it still failed after `PATIENCE_S`.
     """
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = None
     pause_s = _FIRST_PAUSE_S
     while True:
         try:
@@ -34,7 +34,9 @@ def be_patient(operation: Callable[[], T], *, transient: Callable[[Exception], b
         except Exception as error:
             if not transient(error):
                 raise
-            if time.monotonic() + pause_s > deadline:
+            now = time.monotonic()
+            deadline = deadline or now + PATIENCE_S
+            if now + pause_s > deadline:
                 cause = str(error).strip().split("\n", 1)[0]
                 raise TryLater(
                     f"{name}: not reachable for {PATIENCE_S:.0f} s ({cause})\n"
