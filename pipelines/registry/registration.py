@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.core.contract import CONTRACT_KEY, INPUT_NAME, LOGITS_NAME, PROBABILITIES_NAME, ModelContract
-from pipelines.core.hash_chain import canonical_json, sha256_text
+from pipelines.core.gates import GateCheck, Verdict
 from pipelines.core.workspace import Workspace
 from pipelines.errors import Refusal
 from pipelines.params import Params
@@ -36,6 +36,7 @@ from pipelines.settings import Settings
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
 
+ACCURACY_CHECK = "accuracy"  # the gate's check that carries the test accuracy with its interval
 _REQUIREMENTS = ("numpy", "onnx", "onnxruntime")
 
 
@@ -67,7 +68,7 @@ def register(settings: Settings, params: Params, workspace: Workspace) -> Regist
         Refusal: the model did not pass, is not the one that was trained, or the ledger contradicts.
         TryLater: MLflow or the ledger's database did not answer.
     """
-    evidence = collect_evidence(params, workspace)
+    evidence = collect_evidence(workspace)
     mlflow_run_id = ensure_run(settings, params, workspace)
     ledger = Ledger(settings.ledger_url)
     try:
@@ -92,14 +93,14 @@ def register(settings: Settings, params: Params, workspace: Workspace) -> Regist
     return Registration(evidence["run_id"], version, alias_version, mlflow_run_id, record.sequence, record.row_sha256)
 
 
-def collect_evidence(params: Params, workspace: Workspace) -> dict[str, Any]:
+def collect_evidence(workspace: Workspace) -> dict[str, Any]:
     """What the registration rests on, with a digest of every file; equal runs give equal evidence.
 
     Raises:
         Refusal: the gate's verdict is missing or negative, or the model is not the one that was trained.
     """
-    _refuse_unless_passed(workspace)
-    verdict = _read_json(workspace.evaluation / "verdict.json")
+    verdict = _read_passed_verdict(workspace)
+    accuracy = next(check for check in verdict.checks if check.name == ACCURACY_CHECK)
     training = _read_json(workspace.model / "training.json")
     manifest = _read_json(workspace.raw / "manifest.json")
     validation = _read_json(workspace.validation / "validation.json")
@@ -112,7 +113,7 @@ def collect_evidence(params: Params, workspace: Workspace) -> dict[str, Any]:
             limit=f"{training['onnx_sha256'][:16]}… was trained and judged",
             way_out="the file was changed after training; run the run's model_training and model_evaluation again",
         )
-    judged = [check for check in verdict["checks"] if check["judged"]]
+    judged = sum(check.judged for check in verdict.checks)
     return {
         "run_id": run["run_id"],
         "git_sha": run["git_sha"],
@@ -124,57 +125,44 @@ def collect_evidence(params: Params, workspace: Workspace) -> dict[str, Any]:
             "total": validation["total"],
             "suites": {suite["name"]: suite["success"] for suite in validation["suites"]},
         },
-        "verdict": {"passed": len(judged), "judged": len(judged), "checks": len(verdict["checks"])},
-        "test_accuracy": _find_accuracy(params, verdict),
+        "verdict": {"passed": judged, "judged": judged, "checks": len(verdict.checks)},
+        "test_accuracy": {"value": accuracy.value, "low": accuracy.low, "high": accuracy.high},
+        # The hash that the model card shows to whoever decides.
+        "evidence_sha256": _read_json(workspace.result_file("model_evaluation"))["evidence_sha256"],
         "files": {
             str(path.relative_to(workspace.root)): _hash_file(path) for path in _evidence_files(workspace).values()
         },
     }
 
 
-def _refuse_unless_passed(workspace: Workspace) -> None:
+def _read_passed_verdict(workspace: Workspace) -> Verdict:
     file = workspace.evaluation / "verdict.json"
     if not file.is_file():
         raise Refusal(
             "the model", "was not evaluated: evaluation/verdict.json is missing", way_out="run model_evaluation first"
         )
-    verdict = _read_json(file)
-    failed = [check for check in verdict["checks"] if check["judged"] and not check["passed"]]
-    if verdict["passed"] and not failed:
-        return
-    lines = "".join(f"\n  {describe_check(check)}" for check in failed)
+    verdict = Verdict.model_validate_json(file.read_text(encoding="utf-8"))
+    if verdict.passed and not verdict.failed:
+        return verdict
+    lines = "".join(f"\n  {describe_check(check)}" for check in verdict.failed)
     raise Refusal(
         f"the model of run {_read_json(workspace.run_file)['run_id']}",
-        f"did not pass {len(failed)} of {len(verdict['checks'])} checks:{lines}\n ",
+        f"did not pass {len(verdict.failed)} of {len(verdict.checks)} checks:{lines}\n ",
         limit="only a model that passed is registered",
         way_out="read evaluation/model_card.html; better data or training, or a changed limit in model_evaluation",
     )
 
 
-def describe_check(check: Mapping[str, Any]) -> str:
+def describe_check(check: GateCheck) -> str:
     """A check of the verdict in one line: `accuracy 0.812 [0.774, 0.846], limit 0.85`."""
-    text = str(check["name"])
-    if check["value"] is not None:
-        text += f" {check['value']:.3f}"
-    if check["low"] is not None and check["high"] is not None:
-        text += f" [{check['low']:.3f}, {check['high']:.3f}]"
-    if check["limit"] is not None:
-        text += f", limit {check['limit']:g}"
-    return text + (f" ({check['detail']})" if check["detail"] else "")
-
-
-def _find_accuracy(params: Params, verdict: Mapping[str, Any]) -> dict[str, float]:
-    """The check of the accuracy floor, which carries the interval."""
-    for check in verdict["checks"]:
-        floor = check["limit"] == params.model_evaluation.min_accuracy
-        if floor and "accuracy" in check["name"] and None not in (check["value"], check["low"], check["high"]):
-            return {key: check[key] for key in ("value", "low", "high")}
-    raise Refusal(
-        "evaluation/verdict.json",
-        "holds no accuracy with an interval",
-        limit=f"a check against model_evaluation.min_accuracy {params.model_evaluation.min_accuracy}",
-        way_out="run model_evaluation again with this code",
-    )
+    text = check.name
+    if check.value is not None:
+        text += f" {check.value:.3f}"
+    if check.low is not None and check.high is not None:
+        text += f" [{check.low:.3f}, {check.high:.3f}]"
+    if check.limit is not None:
+        text += f", limit {check.limit:g}"
+    return text + (f" ({check.detail})" if check.detail else "")
 
 
 def _evidence_files(workspace: Workspace) -> dict[str, Path]:
@@ -304,7 +292,7 @@ def _version_tags(evidence: Mapping[str, Any], mlflow_run_id: str) -> dict[str, 
         "perch.test_accuracy": f"{accuracy['value']:.6f}",
         "perch.test_accuracy_low": f"{accuracy['low']:.6f}",
         "perch.test_accuracy_high": f"{accuracy['high']:.6f}",
-        "perch.evidence_sha256": sha256_text(canonical_json(evidence)),
+        "perch.evidence_sha256": evidence["evidence_sha256"],
     }
 
 
