@@ -94,15 +94,24 @@ class StageOperator(BaseOperator):
             env={**os.environ, "PERCH_DIE_WITH_PARENT": "1", "PERCH_PROJECT_DIR": str(PROJECT_DIR), "COLUMNS": "140"},
             cwd=str(PROJECT_DIR),
         )
+        result = _parse(outcome.output)
+        self.links = result.pop("links", {})
         if outcome.exit_code == EXIT_REFUSED:
             raise AirflowFailException(f"{self.stage} refused; the last lines of the log say what, why and the way out")
         if outcome.exit_code != 0:
             raise AirflowException(f"{self.stage} ended with exit code {outcome.exit_code}; it can be tried again")
-        result: dict[str, Any] = json.loads(outcome.output)
-        self.links = result.pop("links")
         return result
 
     def on_kill(self) -> None:
         """End the process group: the stage's own process is a grandchild."""
         if self.hook is not None:
             self.hook.send_sigterm()
+
+
+def _parse(line: str) -> dict[str, Any]:
+    """The command's last line; a process that was killed has left something else there, or nothing."""
+    try:
+        result = json.loads(line)
+    except ValueError:
+        return {}
+    return result if isinstance(result, dict) else {}

@@ -8,10 +8,10 @@ from __future__ import annotations
 import sys
 
 import typer
-from rich.console import Console
 
 from pipelines import __version__
 from pipelines.cli import expectations, ledger, models, params, runs, services, stages
+from pipelines.cli.printing import print_error
 from pipelines.errors import PerchError
 
 app = typer.Typer(
@@ -53,9 +53,7 @@ def main() -> None:
     try:
         app()
     except PerchError as error:
-        console = Console(stderr=True, highlight=False)
-        console.print("refused:" if error.exit_code == 65 else "failed:", style="bold red", end=" ")
-        console.print(str(error), markup=False, soft_wrap=True)
+        print_error(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from pipelines import stages as stages_package
+from pipelines.cli.printing import print_error
 
 _PANEL = "Stages"
 
@@ -99,33 +100,51 @@ def _command(name: str) -> Callable[..., None]:
 
         die_with_parent()
         if run is None:
-            from pipelines.core.workspace import Workspace
-            from pipelines.runs.stages import run_bare
-
-            result = run_bare(name, Workspace(Path.cwd())).model_dump(mode="json")
-            typer.echo(json.dumps(result) if as_json else f"{name}: {result['summary']}")
+            _run_bare(name, as_json=as_json)
         else:
             _run_step(name, run, parse_overrides(set_, conf), as_of, by, as_json=as_json)
 
     return command
 
 
+def _run_bare(stage: str, *, as_json: bool) -> None:
+    import os
+
+    from pipelines.core.workspace import Workspace
+    from pipelines.errors import PerchError
+    from pipelines.runs.stages import IN_RUN, run_bare
+
+    in_run = IN_RUN in os.environ
+    try:
+        result = run_bare(stage, Workspace(Path.cwd())).model_dump(mode="json")
+    except PerchError as error:
+        if in_run:
+            raise typer.Exit(error.exit_code) from None
+        raise
+    if as_json:
+        typer.echo(json.dumps(result))
+    elif not in_run:
+        typer.echo(f"{stage}: {result['summary']}")
+
+
 def _run_step(stage: str, run_id: str, overrides: dict[str, Any], as_of: str | None, by: str, *, as_json: bool) -> None:
     import time
     from datetime import date
 
+    from pipelines.errors import PerchError
     from pipelines.runs.pipeline import run_step
     from pipelines.settings import get_settings
 
     started = time.monotonic()
-    outcome = run_step(
-        get_settings(),
-        run_id,
-        stage,
-        overrides=overrides,
-        as_of=date.fromisoformat(as_of[:10]) if as_of else None,
-        requested_by=by,
-    )
+    day = date.fromisoformat(as_of[:10]) if as_of else None
+    try:
+        outcome = run_step(get_settings(), run_id, stage, overrides=overrides, as_of=day, requested_by=by)
+    except PerchError as error:
+        if not as_json:
+            raise
+        print_error(error)
+        typer.echo(json.dumps({"links": error.links}))
+        raise typer.Exit(error.exit_code) from None
     if as_json:
         typer.echo(json.dumps(outcome))
     else:

@@ -18,7 +18,7 @@ class StageResult(BaseModel):
     summary: str = Field(description="One line for a person, e.g. `897 images, 0 quarantined`.")
     metrics: dict[str, float] = Field(default_factory=dict, description="`split/name` to value, logged to MLflow.")
     reports: dict[str, str] = Field(
-        default_factory=dict, description="Title to a file or folder, relative to the workspace, kept with the MLflow run."
+        default_factory=dict, description="Title to a file or folder in the workspace, kept with the MLflow run."
     )
 
 

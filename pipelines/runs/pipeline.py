@@ -7,10 +7,9 @@ from datetime import date
 from typing import Any
 
 from pipelines.core.stage_graph import read_stage_graph
-from pipelines.core.workspace import Workspace
 from pipelines.errors import PerchError
 from pipelines.params import load_params
-from pipelines.runs.stages import read_result, run_in_workspace
+from pipelines.runs.stages import run_in_workspace
 from pipelines.runs.workspaces import open_workspace
 from pipelines.settings import Settings
 
@@ -38,7 +37,7 @@ def run_step(
         The stage's result, with `links`: title to address, where MLflow has a web address.
 
     Raises:
-        PerchError: the stage refused or failed; its reports are recorded all the same.
+        PerchError: the stage refused or failed; its reports are recorded all the same, and its `links` lead there.
     """
     workspace = open_workspace(settings, run_id, overrides, requested_by=requested_by, as_of=as_of)
     params = load_params(workspace.params_file)
@@ -47,18 +46,19 @@ def run_step(
     mlflow_run_id = ensure_run(settings, params, workspace)
     try:
         result = run_in_workspace(settings, workspace, stage, mlflow_run_id=mlflow_run_id)
-    except PerchError:
+    except PerchError as error:
         publish_stage(settings, params, workspace, stage, mlflow_run_id)
+        error.links = links(settings, stage, mlflow_run_id, error.reports)
         raise
     publish_stage(settings, params, workspace, stage, mlflow_run_id)
-    return {**result, "links": links(settings, workspace, stage, mlflow_run_id)}
+    return {**result, "links": links(settings, stage, mlflow_run_id, result["reports"])}
 
 
-def links(settings: Settings, workspace: Workspace, stage: str, mlflow_run_id: str) -> dict[str, str]:
+def links(settings: Settings, stage: str, mlflow_run_id: str, reports: Mapping[str, str]) -> dict[str, str]:
     """Addresses of a step's MLflow run and of its reports."""
     from pipelines.registry.tracking import artifact_url, run_url
 
     found = {"MLflow run": run_url(settings, mlflow_run_id)}
-    for title, path in read_result(workspace, stage)["reports"].items():
+    for title, path in reports.items():
         found[title] = artifact_url(settings, mlflow_run_id, f"{stage}/{path.rsplit('/', 1)[-1]}")
     return {title: address for title, address in found.items() if address}

@@ -20,6 +20,7 @@ from pipelines.runs.locking import DIE_WITH_PARENT, die_with_parent, hold
 from pipelines.settings import Settings
 
 _LOCK_WAIT_S = 30.0
+IN_RUN = "PERCH_IN_RUN"  # set for a stage whose outcome the run that started it will tell
 
 
 def run_bare(stage: str, workspace: Workspace) -> StageResult:
@@ -88,10 +89,11 @@ def _run_process(command: list[str], workspace: Workspace, settings: Settings, m
     environment = {
         **os.environ,
         DIE_WITH_PARENT: "1",
+        IN_RUN: "1",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "PERCH_HOME": str(settings.home.resolve()),
         "PERCH_PROJECT_DIR": str(settings.project_dir.resolve()),
-        # Threads that wait by spinning take the cores from those that work: on a busy machine training took 4 x as long.
+        # Threads that wait by spinning take the cores from those that work: training took 4 times as long on busy ones.
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         "PYTHONDONTWRITEBYTECODE": "1",  # the workspace's copy of the code is an input, not a place for caches
         "MLFLOW_TRACKING_URI": settings.tracking_uri,
@@ -123,8 +125,8 @@ def _tool(name: str) -> str:
 
 
 def _describe(error: PerchError) -> dict[str, Any]:
-    fields = {key: getattr(error, key, "") for key in ("thing", "value", "limit", "way_out")}
-    return {"exit_code": error.exit_code, "message": str(error), **fields}
+    fields = ("thing", "value", "limit", "way_out", "reports") if isinstance(error, Refusal) else ()
+    return {"exit_code": error.exit_code, "message": str(error), **{name: getattr(error, name) for name in fields}}
 
 
 def _read_refusal(workspace: Workspace, stage: str) -> PerchError | None:
@@ -133,5 +135,6 @@ def _read_refusal(workspace: Workspace, stage: str) -> PerchError | None:
         return None
     record = json.loads(file.read_text(encoding="utf-8"))
     if record["exit_code"] == EXIT_REFUSED:
-        return Refusal(record["thing"], record["value"], limit=record["limit"], way_out=record["way_out"])
+        fields = {name: record[name] for name in ("limit", "way_out", "reports")}
+        return Refusal(record["thing"], record["value"], **fields)
     return TryLater(record["message"])

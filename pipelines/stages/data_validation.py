@@ -103,4 +103,5 @@ def _refuse_failures(dataset: str, suites_name: str, outcomes: list[SuiteOutcome
             f"the data set {dataset}",
             f"fails {len(failures)} of {total} expectations\n    " + "\n    ".join(failures),
             way_out=f"look at {DATA_DOCS} in the run's folder; then mend the data, or {review}, and start a new run",
+            reports={"Data Docs": DATA_DOCS},
         )
