@@ -10,6 +10,7 @@ import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,8 @@ from PIL import Image
 from pipelines.core.statistics import FloatArray, Interval, wilson_interval
 from pipelines.modeling.inference import Images, OnnxPredictor, Probabilities
 
-SHIFT_PX = 1
+SHIFT_PX = 1.0
+MAX_SHIFT_SHARE = 1 / 28  # of the side: on a smaller image a whole pixel is no small change any more
 BRIGHTNESS_LEVELS = 10  # of 255
 CONTRAST_SHARE = 0.1
 JPEG_QUALITY = 75
@@ -89,7 +91,7 @@ def check_invariances(predictor: OnnxPredictor, images: Images, *, confidence: f
     """
     original = predictor.predict(images).argmax(axis=1)
     found = []
-    for name, description, changes in _changes(seed):
+    for name, description, changes in _changes(images.shape[1], seed):
         survived = np.ones(len(images), dtype=bool)
         for change in changes:
             survived &= predictor.predict_batches(map(change, _pieces(images))).argmax(axis=1) == original
@@ -114,12 +116,10 @@ def check_sanity(predictor: OnnxPredictor, images: Images) -> list[Sanity]:
     ]
 
 
-def shift(images: Images, down_px: int, right_px: int) -> Images:
-    """Move the content; the border repeats its outermost pixels."""
-    height, width = images.shape[1:3]
-    rows = np.clip(np.arange(height) - down_px, 0, height - 1)
-    columns = np.clip(np.arange(width) - right_px, 0, width - 1)
-    return images[:, rows][:, :, columns]
+def shift(images: Images, down_px: float, right_px: float) -> Images:
+    """Move the content by at most one pixel each way, interpolating linearly; the border repeats itself."""
+    moved = _blend(images, 1, down_px)
+    return _to_uint8(_blend(moved, 2, right_px))
 
 
 def adjust(images: Images, *, contrast: float = 1.0, brightness: float = 0.0) -> Images:
@@ -139,13 +139,14 @@ def add_noise(images: Images, deviation: float, seed: int) -> Images:
     return _to_uint8(images + noise)
 
 
-def _changes(seed: int) -> list[tuple[str, str, list[Change]]]:
+def _changes(side_px: int, seed: int) -> list[tuple[str, str, list[Change]]]:
     """Name, description and variants of each kind of change."""
-    directions = [(SHIFT_PX, 0), (-SHIFT_PX, 0), (0, SHIFT_PX), (0, -SHIFT_PX)]
+    distance_px = min(SHIFT_PX, side_px * MAX_SHIFT_SHARE)
+    directions = [(distance_px, 0), (-distance_px, 0), (0, distance_px), (0, -distance_px)]
     return [
         (
             "shift",
-            f"by {SHIFT_PX} px up, down, left and right",
+            f"by {distance_px:.2g} px up, down, left and right",
             [partial(shift, down_px=down, right_px=right) for down, right in directions],
         ),
         (
@@ -165,6 +166,15 @@ def _changes(seed: int) -> list[tuple[str, str, list[Change]]]:
             [partial(add_noise, deviation=NOISE_LEVELS, seed=seed)],
         ),
     ]
+
+
+def _blend(values: NDArray[Any], axis: int, distance_px: float) -> FloatArray:
+    """Values moved along an axis by a part of a pixel."""
+    size = values.shape[axis]
+    neighbours = np.clip(np.arange(size) - int(np.sign(distance_px)), 0, size - 1)
+    share = abs(distance_px)
+    blended: FloatArray = (1 - share) * values + share * values.take(neighbours, axis=axis)
+    return blended
 
 
 def _pieces(images: Images, size: int = 64) -> Iterator[Images]:

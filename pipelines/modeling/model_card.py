@@ -18,6 +18,7 @@ from pipelines.modeling.figures import data_uri, draw_confusion, draw_reliabilit
 
 MAX_TABLE_CLASSES = 12  # a larger confusion matrix is shown as a picture
 _ERROR_PX = 168
+_MOST_DIGITS = 5
 _MINUS = "\u2212"
 _NOTHING = "\u2013"
 
@@ -103,7 +104,7 @@ class ModelCard:
                 verdict=self.verdict,
                 judged=judged,
                 checks={check.name: check for check in self.verdict.checks},
-                side_by_side=_side_by_side(self.evaluation),
+                side_by_side={row.name: row for row in _side_by_side(self.evaluation)},
                 wrong=_wrong_predictions(self.evaluation, self.worst_errors),
                 errors=int((self.evaluation.predicted != self.evaluation.data.truth).sum()),
                 show_confusion=len(self.evaluation.labels) <= MAX_TABLE_CLASSES,
@@ -124,6 +125,7 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters |= {
         "number": format_number,
+        "estimate": format_estimate,
         "interval": format_interval,
         "points": format_points,
         "difference": format_difference,
@@ -141,12 +143,19 @@ def format_number(value: float | None, digits: int = 3) -> str:
     return _NOTHING if value is None else f"{value:.{digits}f}".replace("-", _MINUS)
 
 
+def format_estimate(value: float | None, digits: int = 3) -> str:
+    """As `format_number`, but `0.9996` does not become `1.000`: only what is perfect looks perfect."""
+    while value is not None and value < 1 and round(value, digits) == 1 and digits < _MOST_DIGITS:
+        digits += 1
+    return format_number(value, digits)
+
+
 def format_interval(interval: Interval | None, digits: int = 3) -> str:
     """`0.963 [0.926, 0.985]`."""
     if interval is None:
         return _NOTHING
     low, high = format_number(interval.low, digits), format_number(interval.high, digits)
-    return f"{format_number(interval.value, digits)} [{low}, {high}]"
+    return f"{format_estimate(interval.value, digits)} [{low}, {high}]"
 
 
 def format_points(value: float | None) -> str:
