@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from pipelines.core.contract import CONTRACT_KEY, INPUT_NAME, LOGITS_NAME, PROBABILITIES_NAME, ModelContract
 from pipelines.errors import Refusal
+from pipelines.modeling.inference import OnnxPredictor
 
 OPSET = 20
 _PARITY_BATCH = 32
+_PARITY_SINGLES = 8
 
 Images = np.ndarray[Any, np.dtype[np.uint8]]
-Probabilities = np.ndarray[Any, np.dtype[np.float32]]
 
 
 class ExportedNet(nn.Module):
@@ -82,15 +83,6 @@ def open_session(path: Path, *, threads: int = 0) -> onnxruntime.InferenceSessio
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def predict(session: onnxruntime.InferenceSession, images: Images, batch_size: int = _PARITY_BATCH) -> Probabilities:
-    """Probabilities float32 `(N, classes)` of uint8 images `(N, H, W, C)`."""
-    batches = [
-        session.run([PROBABILITIES_NAME], {INPUT_NAME: np.ascontiguousarray(images[start : start + batch_size])})[0]
-        for start in range(0, len(images), batch_size)
-    ]
-    return np.concatenate(batches)
-
-
 def measure_parity(network: nn.Module, path: Path, images: Images) -> float:
     """The largest absolute difference of a probability between PyTorch and the file, one by one and in batches.
 
@@ -99,18 +91,16 @@ def measure_parity(network: nn.Module, path: Path, images: Images) -> float:
         path: the ONNX file.
         images: uint8 `(N, H, W, C)`, N at least 1.
     """
-    exported, session = ExportedNet(network).eval(), open_session(path)
+    exported, predictor = ExportedNet(network).eval(), OnnxPredictor(path)
+    starts = range(0, len(images), _PARITY_BATCH)
     with torch.inference_mode():
         expected = np.concatenate(
-            [
-                exported(torch.tensor(images[start : start + _PARITY_BATCH]))[1].numpy()
-                for start in range(0, len(images), _PARITY_BATCH)
-            ]
+            [exported(torch.tensor(images[start : start + _PARITY_BATCH]))[1].numpy() for start in starts]
         )
-    singles = images[: min(len(images), 8)]
-    difference = np.abs(predict(session, images) - expected).max()
-    difference_single = np.abs(predict(session, singles, batch_size=1) - expected[: len(singles)]).max()
-    return float(np.maximum(difference, difference_single))  # NaN wins, unlike in max()
+    singles = images[:_PARITY_SINGLES]
+    in_batches = np.abs(predictor.predict(images, _PARITY_BATCH) - expected).max()
+    one_by_one = np.abs(predictor.predict(singles, 1) - expected[: len(singles)]).max()
+    return float(np.maximum(in_batches, one_by_one))  # NaN wins, unlike in max()
 
 
 def refuse_disparity(difference: float, limit: float) -> None:
