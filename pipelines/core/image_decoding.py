@@ -32,7 +32,6 @@ _SIGNATURES = (
     b"II+\x00",
     b"MM\x00+",
     b"GIF8",
-    b"RIFF",
 )
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 
@@ -231,7 +230,7 @@ def _scale_float(samples: npt.NDArray[np.float64]) -> Image.Image:
 
 def _explain_unidentified(data: bytes) -> DecodingError:
     """Pillow says only that no plugin took the bytes; their first ones tell a broken image from no image."""
-    if not data.startswith(_SIGNATURES):
+    if not data.startswith(_SIGNATURES) and data[8:12] != b"WEBP":
         beginning = data[:8].hex(" ")
         return DecodingError(Reason.NOT_AN_IMAGE, f"starts with {beginning}, which is none of {', '.join(FORMATS)}")
     if _ends_early(data):

@@ -135,14 +135,14 @@ class IngestCache:
 
     def _write_index(self, name: str, table: pa.Table) -> None:
         with self.new_file() as temporary:
-            pq.write_table(table, temporary)
+            pq.write_table(table, temporary, write_page_checksum=True)
             temporary.replace(self._index / name)
 
     def _load(self) -> None:
         """Read the index; the newest entry of a key wins.  A file that cannot be read is dropped."""
         for file in sorted(self._index.glob("*.parquet"), key=lambda path: (path.stat().st_mtime_ns, path.name)):
             try:
-                table = pq.read_table(file)
+                table = pq.read_table(file, page_checksum_verification=True)
                 fingerprints = table["fingerprint"].to_pylist()
                 if file.name == _QUARANTINE_NAME:
                     records = table.drop_columns(["fingerprint"]).to_pylist()

@@ -182,7 +182,9 @@ class ShardWriter:
 def _binary_array(images: Sequence[bytes]) -> pa.Array:
     """A binary column without the regrowing buffer of `pa.array`, which costs more than the copy itself."""
     offsets = np.fromiter(accumulate(map(len, images), initial=0), np.int32, len(images) + 1)
-    return pa.Array.from_buffers(pa.binary(), len(images), [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(images))])
+    return pa.Array.from_buffers(
+        pa.binary(), len(images), [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(images))]
+    )
 
 
 class ShardImages:

@@ -49,7 +49,11 @@ class S3Store:
             s3={"addressing_style": "path" if endpoint_url else "auto"},
         )
         with self._explained():
-            self._client: S3Client = boto3.client("s3", endpoint_url=endpoint_url or None, config=config)
+            self._client: S3Client = boto3.Session().client("s3", endpoint_url=endpoint_url or None, config=config)
+
+    def relative(self, path: str) -> str:
+        """The path without the prefix's address in front."""
+        return path.removeprefix(self._name)
 
     def list_tree(self) -> Listing:
         """Every object below the prefix; an object that ends in a slash stands for a folder.
@@ -74,15 +78,11 @@ class S3Store:
         return listing
 
     def find(self, paths: Sequence[str]) -> list[StoredFile]:
-        """Look the paths up in one listing; a full address must lie below the prefix."""
+        """Look the paths up in one listing; what lies outside the prefix is not found."""
         files = {file.path: file for file in self.list_tree().files}
-        found = []
-        for path in paths:
-            # A path was normalised as paths are, which takes one of an address's two slashes away.
-            inside = path.removeprefix(self._name.replace("//", "/", 1))
-            file = files.get(inside)
-            found.append(file or StoredFile(path, fault=f"there is no such object below {self._name}"))
-        return found
+        return [
+            files.get(path) or StoredFile(path, fault=f"there is no such object below {self._name}") for path in paths
+        ]
 
     def read(self, path: str, max_bytes: int) -> bytes:
         """An object's bytes.
@@ -92,7 +92,7 @@ class S3Store:
             TryLater: the store does not answer.
         """
         with self._explained(one_object=True):
-            return self._client.get_object(Bucket=self._bucket, Key=self._key(path))["Body"].read(max_bytes + 1)
+            return self._client.get_object(Bucket=self._bucket, Key=self._prefix + path)["Body"].read(max_bytes + 1)
 
     def local_copy(self, path: str, folder: Path) -> Path:
         """Fetch an object, unless this version of it (by its ETag) was fetched before.
@@ -103,15 +103,12 @@ class S3Store:
         """
         files, suffix = FetchedFiles(folder), Path(path).suffix.casefold()
         with self._explained():
-            etag = self._client.head_object(Bucket=self._bucket, Key=self._key(path))["ETag"]
+            etag = self._client.head_object(Bucket=self._bucket, Key=self._prefix + path)["ETag"]
             version = f"{self.identity} {path} {etag}"
             if kept := files.find_version(version, suffix):
                 return kept
-            body = self._client.get_object(Bucket=self._bucket, Key=self._key(path), IfMatch=etag)["Body"]
+            body = self._client.get_object(Bucket=self._bucket, Key=self._prefix + path, IfMatch=etag)["Body"]
             return files.keep(body.iter_chunks(_CHUNK_BYTES), suffix, version)[0]
-
-    def _key(self, path: str) -> str:
-        return self._prefix + path.removeprefix(self._name.replace("//", "/", 1))
 
     @contextlib.contextmanager
     def _explained(self, *, one_object: bool = False) -> Iterator[None]:

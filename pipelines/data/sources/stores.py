@@ -44,6 +44,9 @@ class FileStore(Protocol):
     def concurrent_reads(self) -> int:
         """As `Source.concurrent_reads`."""
 
+    def relative(self, path: str) -> str:
+        """The path relative to the root, where it is a full one below it; else the path as it is."""
+
     def list_tree(self) -> Listing:
         """Every file below the root."""
 
@@ -70,6 +73,10 @@ class LocalStore:
     def __init__(self, root: Path) -> None:
         self._root = root
         self.identity = str(root.resolve())
+
+    def relative(self, path: str) -> str:
+        """The path without the root in front."""
+        return path.removeprefix(f"{self._root.absolute()}/")
 
     def list_tree(self) -> Listing:
         """Walk the folder; links to folders are followed, but none is entered twice on one way down.

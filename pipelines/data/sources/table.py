@@ -60,7 +60,7 @@ class TableSource:
             if not path:
                 raise Refusal(where, f"the column {columns.path_column} is empty", limit="a path in every row")
             label = row[columns.label_column]
-            key = posixpath.normpath(path.replace("\\", "/"))
+            key = posixpath.normpath(self._store.relative(path.replace("\\", "/")))
             items.append(
                 SourceItem(
                     key=key,
