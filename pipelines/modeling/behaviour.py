@@ -7,7 +7,7 @@ images get proper probabilities, and an image gets the same answer alone as amon
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,6 +31,7 @@ _MAX_IMAGES = 512
 _MAX_PIXEL_BYTES = 2**26  # a network for large images is slow: fewer of them, but never under 64
 _MIN_IMAGES = 64
 _BATCH_TEST_IMAGES = 16
+_FLAT_IMAGES = 2  # black, white
 
 Change = Callable[[Images], Images]
 
@@ -80,6 +81,12 @@ def choose_images(images: Images) -> Images:
     return np.asarray(images[rows])
 
 
+def count_predictions(images: Images) -> int:
+    """How many images the two checks below predict, for a progress bar."""
+    variants = sum(len(changes) for _, _, changes in _changes(images.shape[1], seed=0))
+    return len(images) * (1 + variants) + _FLAT_IMAGES + 2 * min(len(images), _BATCH_TEST_IMAGES)
+
+
 def check_invariances(predictor: OnnxPredictor, images: Images, *, confidence: float, seed: int) -> list[Invariance]:
     """Predict every image under every harmless change.
 
@@ -94,7 +101,7 @@ def check_invariances(predictor: OnnxPredictor, images: Images, *, confidence: f
     for name, description, changes in _changes(images.shape[1], seed):
         survived = np.ones(len(images), dtype=bool)
         for change in changes:
-            survived &= predictor.predict_batches(map(change, _pieces(images))).argmax(axis=1) == original
+            survived &= predictor.predict(images, change=change).argmax(axis=1) == original
         agreement = wilson_interval(int(survived.sum()), len(images), confidence)
         if agreement is None:
             raise ValueError("there are no images to change")
@@ -106,7 +113,9 @@ def check_sanity(predictor: OnnxPredictor, images: Images) -> list[Sanity]:
     """Probabilities of black and white images and their sums, and of an image alone against it in a batch."""
     few = images[:_BATCH_TEST_IMAGES]
     side, channels = predictor.contract.input.size_px, predictor.contract.input.channels
-    flat = np.stack([np.full((side, side, channels), level, dtype=np.uint8) for level in (0, 255)])
+    flat = np.stack(
+        [np.full((side, side, channels), level, dtype=np.uint8) for level in np.linspace(0, 255, _FLAT_IMAGES)]
+    )
     together = predictor.predict(few)
     alone = predictor.predict(few, batch_images=1)
     return [
@@ -175,11 +184,6 @@ def _blend(values: NDArray[Any], axis: int, distance_px: float) -> FloatArray:
     share = abs(distance_px)
     blended: FloatArray = (1 - share) * values + share * values.take(neighbours, axis=axis)
     return blended
-
-
-def _pieces(images: Images, size: int = 64) -> Iterator[Images]:
-    """Images a few at a time, since a change makes floats of them."""
-    return (images[start : start + size] for start in range(0, len(images), size))
 
 
 def _through_jpeg(image: Images, quality: int) -> Images:

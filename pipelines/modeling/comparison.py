@@ -17,7 +17,7 @@ from pipelines.core.image_decoding import DecodingError, read_model_input
 from pipelines.core.statistics import BoolArray, FloatArray, IntArray
 from pipelines.errors import Refusal
 from pipelines.modeling.evaluation_data import EvaluationData
-from pipelines.modeling.inference import Images, OnnxPredictor
+from pipelines.modeling.inference import Images, OnnxPredictor, ShowProgress
 
 ReadImages = Callable[[Collection[str]], Mapping[str, bytes]]
 """The encoded bytes of the images with these keys."""
@@ -61,7 +61,13 @@ class Comparison:
         return f"{self.kind} v{self.version}" if self.version else "no champion yet"
 
 
-def compare(data: EvaluationData, model_file: Path, reference: Path, read_images: ReadImages) -> Comparison:
+def compare(
+    data: EvaluationData,
+    model_file: Path,
+    reference: Path,
+    read_images: ReadImages,
+    show_progress: ShowProgress,
+) -> Comparison:
     """Ask the reference about the test images.
 
     An image is left out where the reference's run had its bytes, by SHA-256, in training or validation, or where the
@@ -73,6 +79,7 @@ def compare(data: EvaluationData, model_file: Path, reference: Path, read_images
         model_file: the model under test.
         reference: the workspace's folder of that name.
         read_images: reads original bytes by key.
+        show_progress: of the reference's answers.
 
     Raises:
         Refusal: the reference is incomplete, or not the file that was registered.
@@ -98,7 +105,9 @@ def compare(data: EvaluationData, model_file: Path, reference: Path, read_images
     rows = np.flatnonzero(~seen & known)
     probabilities = np.zeros((len(rows), len(labels)))
     if len(rows):
-        found = predictor.predict_batches(_shaped_images(data, rows, predictor.contract.input, read_images))
+        with show_progress(f"asking {description['kind']} v{description['version']} about", len(rows)) as progress:
+            predictor.observe = progress.advance
+            found = predictor.predict_batches(_shaped_images(data, rows, predictor.contract.input, read_images))
         for label in common:
             probabilities[:, labels.index(label)] = found[:, theirs.index(label)]
     return Comparison(

@@ -21,10 +21,11 @@ from pipelines.core.statistics import (
     paired_difference_interval,
 )
 from pipelines.errors import Refusal
-from pipelines.modeling.behaviour import Invariance, Sanity, check_invariances, check_sanity, choose_images
+from pipelines.modeling import behaviour
+from pipelines.modeling.behaviour import Invariance, Sanity, choose_images
 from pipelines.modeling.comparison import Comparison
 from pipelines.modeling.evaluation_data import EvaluationData
-from pipelines.modeling.inference import OnnxPredictor
+from pipelines.modeling.inference import OnnxPredictor, ShowProgress
 from pipelines.modeling.slices import Slice, find_slices
 
 
@@ -117,7 +118,13 @@ class Evaluation:
         return wrong[np.argsort(-excess, kind="stable")][:most].astype(np.int64)
 
 
-def evaluate(predictor: OnnxPredictor, data: EvaluationData, comparison: Comparison, how: Uncertainty) -> Evaluation:
+def evaluate(
+    predictor: OnnxPredictor,
+    data: EvaluationData,
+    comparison: Comparison,
+    how: Uncertainty,
+    show_progress: ShowProgress,
+) -> Evaluation:
     """Measure a model.
 
     Raises:
@@ -130,8 +137,12 @@ def evaluate(predictor: OnnxPredictor, data: EvaluationData, comparison: Compari
             limit=f"{data.contract.model_dump_json()}, that of data/splits",
             way_out="run model_training again on these splits",
         )
-    probabilities = check_probabilities(predictor.predict(data.images), "the model's probabilities")
     some = choose_images(data.images)
+    with show_progress("evaluating", len(data) + behaviour.count_predictions(some)) as progress:
+        predictor.observe = progress.advance
+        probabilities = check_probabilities(predictor.predict(data.images), "the model's probabilities")
+        invariances = behaviour.check_invariances(predictor, some, confidence=how.confidence, seed=how.seed)
+        sanity = behaviour.check_sanity(predictor, some)
     return Evaluation(
         data=data,
         probabilities=probabilities,
@@ -142,8 +153,8 @@ def evaluate(predictor: OnnxPredictor, data: EvaluationData, comparison: Compari
             (part, score(probabilities[part.inside], data.truth[part.inside], how))
             for part in find_slices(data.table, data.contract.labels)
         ],
-        invariances=check_invariances(predictor, some, confidence=how.confidence, seed=how.seed),
-        sanity=check_sanity(predictor, some),
+        invariances=invariances,
+        sanity=sanity,
         comparison=comparison,
         paired=_pair(probabilities, data, comparison, how),
     )
@@ -157,14 +168,19 @@ def _pair(probabilities: FloatArray, data: EvaluationData, comparison: Compariso
     truth = np.searchsorted(common, data.truth[rows]).astype(np.int64)
     model = _renormalise(probabilities[rows][:, common])
     reference = check_probabilities(_renormalise(comparison.probabilities[:, common]), "the reference's probabilities")
-    correct, reference_correct = model.argmax(axis=1) == truth, reference.argmax(axis=1) == truth
+    predicted, reference_predicted = model.argmax(axis=1), reference.argmax(axis=1)
+    correct, reference_correct = predicted == truth, reference_predicted == truth
     gained, lost = int((correct & ~reference_correct).sum()), int((reference_correct & ~correct).sum())
     one_sided = 2 * how.confidence - 1
     both = Uncertainty(one_sided, how.samples, how.seed)
     surprise = _surprise(model, truth) - _surprise(reference, truth)
 
     def f1_gain(indices: IntArray) -> float:
-        return _macro_f1(model[indices], truth[indices]) - _macro_f1(reference[indices], truth[indices])
+        mine, theirs = (
+            _macro_f1(confusion_matrix(truth[indices], answers[indices], len(common)))
+            for answers in (predicted, reference_predicted)
+        )
+        return mine - theirs
 
     return Paired(
         rows=rows,
@@ -189,11 +205,10 @@ def _surprise(probabilities: FloatArray, truth: IntArray) -> FloatArray:
     return -np.log(np.maximum(probabilities[np.arange(len(truth)), truth], smallest))
 
 
-def _macro_f1(probabilities: FloatArray, truth: IntArray) -> float:
-    confusion = confusion_matrix(truth, probabilities.argmax(axis=1), probabilities.shape[1])
+def _macro_f1(confusion: IntArray) -> float:
     images = confusion.sum(axis=1)
     present = images > 0
-    return float((2 * np.diag(confusion) / np.maximum(images + confusion.sum(axis=0), 1))[present].mean())
+    return float((2 * np.diag(confusion)[present] / (images + confusion.sum(axis=0))[present]).mean())
 
 
 def metrics_tree(evaluation: Evaluation) -> dict[str, Any]:

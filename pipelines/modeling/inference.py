@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime
@@ -17,6 +18,17 @@ from pipelines.errors import Refusal
 
 Images = np.ndarray[Any, np.dtype[np.uint8]]
 Probabilities = np.ndarray[Any, np.dtype[np.float32]]
+
+
+class Counter(Protocol):
+    """Counts images that are done."""
+
+    def advance(self, images: int = 1) -> None:
+        """Count some more."""
+
+
+ShowProgress = Callable[[str, int], AbstractContextManager[Counter]]
+"""Opens a progress bar with a title and a number of images."""
 
 _BATCH_BYTES = 2**23  # of input; the network's activations take a multiple of it
 _MAX_BATCH_IMAGES = 128
@@ -32,12 +44,14 @@ class OnnxPredictor:
 
     Attributes:
         contract: what the model takes and gives.
+        observe: called with the number of images in each batch that is done; set it to show progress.
 
     Raises:
         Refusal: the file is missing, is not ONNX, or carries no contract.
     """
 
     contract: ModelContract
+    observe: Callable[[int], object] | None = None
 
     def __init__(self, path: Path) -> None:
         self._name = f"the model {path.parent.name}/{path.name}"
@@ -56,12 +70,15 @@ class OnnxPredictor:
         except Exception as error:  # ONNX Runtime has a dozen kinds for a file that it cannot use
             raise Refusal(self._name, f"cannot be loaded: {error}", way_out=way_out) from error
 
-    def predict(self, images: Images, batch_images: int | None = None) -> Probabilities:
+    def predict(
+        self, images: Images, batch_images: int | None = None, *, change: Callable[[Images], Images] | None = None
+    ) -> Probabilities:
         """Probabilities float32 `(N, classes)` in the order of the contract's labels.
 
         Args:
             images: uint8 `(N, size_px, size_px, channels)`; a memory map is read batch by batch.
             batch_images: images per batch; by default as many as fit 8 MiB, at most 128.
+            change: applied to each batch before it is predicted.
 
         Raises:
             Refusal: the images or the model's answer have not the shape that the contract promises.
@@ -71,26 +88,36 @@ class OnnxPredictor:
             raise Refusal(
                 f"the images for {self._name}", f"are {images.dtype} {images.shape}", limit=f"uint8 (N, *{shape})"
             )
-        classes = len(self.contract.labels)
         size = batch_images or max(1, min(_MAX_BATCH_IMAGES, _BATCH_BYTES // int(np.prod(shape))))
-        starts = range(0, len(images), size)
+
+        def answer(start: int) -> Probabilities:
+            batch = np.asarray(images[start : start + size])
+            return self._run(change(batch) if change else batch)
+
+        batches = [self._no_answers()]
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            batches = list(pool.map(lambda start: self._run(images[start : start + size]), starts))
-        probabilities = np.concatenate([np.zeros((0, classes), np.float32), *batches])
-        if probabilities.shape != (len(images), classes):
-            raise Refusal(
-                f"the probabilities of {self._name}",
-                f"have the shape {probabilities.shape}",
-                limit=f"{(len(images), classes)}, by its contract",
-            )
-        return probabilities
+            for batch in pool.map(answer, range(0, len(images), size)):
+                batches.append(batch)
+                if self.observe:
+                    self.observe(len(batch))
+        return np.concatenate(batches)
 
     def predict_batches(self, batches: Iterator[Images]) -> Probabilities:
         """As `predict`, for images that come in pieces and need not be held together."""
-        return np.concatenate([np.zeros((0, len(self.contract.labels)), np.float32), *map(self.predict, batches)])
+        return np.concatenate([self._no_answers(), *map(self.predict, batches)])
+
+    def _no_answers(self) -> Probabilities:
+        return np.zeros((0, len(self.contract.labels)), np.float32)
 
     def _run(self, batch: Images) -> Probabilities:
-        probabilities: Probabilities = self._session.run(
-            [PROBABILITIES_NAME], {INPUT_NAME: np.ascontiguousarray(batch)}
-        )[0]
+        inputs = {INPUT_NAME: np.ascontiguousarray(batch)}
+        probabilities: Probabilities = self._session.run([PROBABILITIES_NAME], inputs)[0]
+        promised = (len(batch), len(self.contract.labels))
+        if probabilities.shape != promised:
+            raise Refusal(
+                f"the probabilities of {self._name}",
+                f"have the shape {probabilities.shape}",
+                limit=f"{promised}, by its contract",
+                way_out="run model_training again; it writes file and contract together",
+            )
         return probabilities

@@ -19,6 +19,7 @@ from pipelines.modeling.figures import data_uri, draw_confusion, draw_reliabilit
 MAX_TABLE_CLASSES = 12  # a larger confusion matrix is shown as a picture
 _ERROR_PX = 168
 _MOST_DIGITS = 5
+_MOST_NAMED_FAILURES = 6
 _MINUS = "\u2212"
 _NOTHING = "\u2013"
 
@@ -111,6 +112,7 @@ class ModelCard:
                 slice_checks=_slice_checks(self.evaluation, self.verdict),
                 scale=_scale(self.evaluation),
                 figures=figures,
+                most_named=_MOST_NAMED_FAILURES,
             )
         )
 
@@ -145,9 +147,11 @@ def format_number(value: float | None, digits: int = 3) -> str:
 
 def format_estimate(value: float | None, digits: int = 3) -> str:
     """As `format_number`, but `0.9996` does not become `1.000`: only what is perfect looks perfect."""
-    while value is not None and value < 1 and round(value, digits) == 1 and digits < _MOST_DIGITS:
+    if value is None or value >= 1:
+        return format_number(value, digits)
+    while round(value, digits) == 1 and digits < _MOST_DIGITS:
         digits += 1
-    return format_number(value, digits)
+    return format_number(min(value, 1 - 10**-digits), digits)
 
 
 def format_interval(interval: Interval | None, digits: int = 3) -> str:

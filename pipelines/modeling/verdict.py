@@ -30,7 +30,10 @@ def judge(evaluation: Evaluation, params: ModelEvaluationParams) -> Verdict:
     return Verdict.of(
         [
             at_least(
-                "accuracy", evaluation.scores.accuracy, params.min_accuracy, f"{len(evaluation.data):,} test images"
+                "accuracy",
+                evaluation.scores.accuracy,
+                params.min_accuracy,
+                f"{len(evaluation.data):,} test images; the lower limit must reach the floor",
             ),
             *_against_reference(evaluation, params),
             no_clear_excess(

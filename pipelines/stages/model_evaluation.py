@@ -38,6 +38,7 @@ def run(params: Params, workspace: Workspace) -> ModelEvaluationResult:
     """
     import pyarrow.parquet as pq
 
+    from pipelines.data.progress import ImageProgress
     from pipelines.data.shards import file_sha256, read_images
     from pipelines.modeling.card_facts import read_data_change, read_model_facts, read_suite_facts
     from pipelines.modeling.comparison import compare
@@ -49,11 +50,11 @@ def run(params: Params, workspace: Workspace) -> ModelEvaluationResult:
 
     limits = params.model_evaluation
     model_file = workspace.model / "model.onnx"
-    predictor = OnnxPredictor(model_file)
     data = load_evaluation_data(workspace)
-    comparison = compare(data, model_file, workspace.reference, partial(read_images, workspace.raw))
+    originals = partial(read_images, workspace.raw)
+    comparison = compare(data, model_file, workspace.reference, originals, ImageProgress)
     how = Uncertainty(limits.confidence, limits.bootstrap_samples, params.seed)
-    evaluation = evaluate(predictor, data, comparison, how)
+    evaluation = evaluate(OnnxPredictor(model_file), data, comparison, how, ImageProgress)
     verdict = judge(evaluation, limits)
     metrics = metrics_tree(evaluation)
     onnx_sha256 = file_sha256(model_file)

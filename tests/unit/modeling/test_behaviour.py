@@ -11,6 +11,7 @@ from pipelines.modeling.behaviour import (
     check_sanity,
     choose_images,
     compress,
+    count_predictions,
     shift,
 )
 from pipelines.modeling.inference import OnnxPredictor
@@ -77,6 +78,16 @@ def test_check_sanity__sound_model__holds(make_evaluation_run: Any) -> None:
     found = check_sanity(OnnxPredictor(run.workspace.model / "model.onnx"), np.load(run.workspace.splits / "test.npy"))
     assert len(found) == 3
     assert all(one.holds for one in found)
+
+
+def test_count_predictions__progress__ends_at_the_total(make_evaluation_run: Any) -> None:
+    run = make_evaluation_run(test_images=20)
+    predictor, seen = OnnxPredictor(run.workspace.model / "model.onnx"), []
+    images = np.load(run.workspace.splits / "test.npy")
+    predictor.observe = seen.append
+    check_invariances(predictor, images, confidence=0.95, seed=7)
+    check_sanity(predictor, images)
+    assert sum(seen) == count_predictions(images)
 
 
 def test_sanity__deviation_that_is_not_finite__does_not_hold() -> None:

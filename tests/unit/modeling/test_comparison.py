@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipelines.data.progress import ImageProgress
 from pipelines.data.shards import read_images
 from pipelines.errors import Refusal
 from pipelines.modeling.comparison import Comparison, compare
@@ -15,7 +16,8 @@ from pipelines.modeling.inference import OnnxPredictor
 def compare_run(run: Any) -> Comparison:
     workspace = run.workspace
     data = load_evaluation_data(workspace)
-    return compare(data, workspace.model / "model.onnx", workspace.reference, partial(read_images, workspace.raw))
+    originals = partial(read_images, workspace.raw)
+    return compare(data, workspace.model / "model.onnx", workspace.reference, originals, ImageProgress)
 
 
 def test_compare__no_champion__has_nobody(make_evaluation_run: Any) -> None:
