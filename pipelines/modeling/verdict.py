@@ -40,7 +40,7 @@ def judge(evaluation: Evaluation, params: ModelEvaluationParams) -> Verdict:
                 "calibration error",
                 evaluation.scores.calibration_error,
                 params.max_calibration_error,
-                "how far confidence and accuracy lie apart",
+                _describe_calibration(evaluation),
             ),
             *(
                 no_clear_shortfall(
@@ -63,6 +63,12 @@ def judge(evaluation: Evaluation, params: ModelEvaluationParams) -> Verdict:
             ),
         ]
     )
+
+
+def _describe_calibration(evaluation: Evaluation) -> str:
+    confidence, accuracy = float(evaluation.probabilities.max(axis=1).mean()), evaluation.scores.accuracy.value
+    which = "less" if confidence < accuracy else "more"
+    return f"{which} sure than right: mean confidence {confidence:.2f}, accuracy {accuracy:.2f}"
 
 
 def _against_reference(evaluation: Evaluation, params: ModelEvaluationParams) -> list[GateCheck]:

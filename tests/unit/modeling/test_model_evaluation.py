@@ -167,6 +167,7 @@ def test_run__sure_of_everything__has_a_calibration_error_that_blocks(make_evalu
     run.write_model(skill=0.3, temperature=0.01)
     result = evaluate(run, min_accuracy=0.1, max_calibration_error=0.05)
     assert "calibration error" in result.summary
+    assert "more sure than right" in read_verdict(run.workspace)["calibration error"]["detail"]
 
 
 @pytest.mark.parametrize("test_images", [1, 2])
