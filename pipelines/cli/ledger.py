@@ -28,10 +28,11 @@ def list_entries(
     from rich.json import JSON
     from rich.table import Table
 
+    from pipelines.cli.models import wide_console
     from pipelines.registry.ledger import Ledger
     from pipelines.settings import get_settings
 
-    console = Console()
+    console = wide_console()
     records = Ledger(get_settings().ledger_url).entries(model or None)
     if not records:
         console.print("The ledger is empty; registering a model writes its first row.")
@@ -39,7 +40,7 @@ def list_entries(
     table = Table(box=None, pad_edge=False)
     table.add_column("row", justify="right", style="bold")
     table.add_column("time (UTC)", no_wrap=True)
-    table.add_column("event", style="green")
+    table.add_column("event", style="green", no_wrap=True)
     table.add_column("version", no_wrap=True)
     table.add_column("run", overflow="fold")
     table.add_column("hash", no_wrap=True)

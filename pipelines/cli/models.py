@@ -26,7 +26,7 @@ def list_models(context: typer.Context, model: ModelOption = "") -> None:
     from pipelines.registry.models import list_versions
     from pipelines.settings import get_settings
 
-    console = Console()
+    console = wide_console()
     name = model or default_params().model_name
     versions = list_versions(get_settings(), name)
     if not versions:
@@ -77,6 +77,12 @@ def format_accuracy(version: RegisteredVersion) -> str:
         return ""
     value, low, high = version.accuracy
     return f"{value:.3f} \\[{low:.3f}, {high:.3f}]"  # the backslash keeps rich from reading the bracket as markup
+
+
+def wide_console() -> Console:
+    """A console for tables: of the terminal's width, or wide enough for a run id where there is no terminal."""
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, 140))
 
 
 def default_params() -> Params:

@@ -42,7 +42,7 @@ def prune(
 
 def replay(
     run_id: Annotated[str, typer.Argument(help="The run to do again.", metavar="RUN")],
-    stages: Annotated[
+    from_cache: Annotated[
         bool, typer.Option("--from-cache/--recompute", help="Let DVC's run cache answer instead of computing again.")
     ] = False,
 ) -> None:
@@ -56,7 +56,7 @@ def replay(
     from pipelines.settings import get_settings
 
     console = Console()
-    comparison = replay_run(get_settings(), run_id, from_cache=stages, report=console.print)
+    comparison = replay_run(get_settings(), run_id, from_cache=from_cache, report=console.print)
     console.print(comparison.render())
     if not comparison.identical:
         raise typer.Exit(1)

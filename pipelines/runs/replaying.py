@@ -116,13 +116,12 @@ def _compare(recording: Recording, replay: Workspace) -> Comparison:
 def _find_recording(settings: Settings, run_id: str, into: Path) -> Recording:
     workspace = workspace_of(settings, run_id)
     if not workspace.run_file.is_file():
-        from pipelines.registry.tracking import download_recording
+        from pipelines.registry.recordings import download_recording
 
         workspace = Workspace(into)
-        # Writes run.json, params.yaml, dvc.lock, results/ and reference/ of the run that has this id.
         download_recording(settings, run_id, into)
         run = json.loads(workspace.run_file.read_text(encoding="utf-8"))
-        _checkout(settings.project_dir, run["git_sha"], into)
+        _checkout(settings.project_dir, run["git_sha"], into)  # the stage graph of its commit, too
     run = json.loads(workspace.run_file.read_text(encoding="utf-8"))
     missing = [stage for stage in ("model_training", "model_evaluation") if not workspace.result_file(stage).is_file()]
     if missing:
