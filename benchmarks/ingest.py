@@ -1,8 +1,8 @@
 """How fast images become arrays: ingestion and preprocessing against a loop that does nothing but decode.
 
 Both run in turn over the same JPEGs with the same number of threads; the ratio of their images per second, from the
-medians of several rounds, is what `docs/` reports.  The bare loop decodes bytes that are in memory already; Perch finds,
-reads, hashes, decodes, measures, packs, splits and writes them, starting each round with an empty cache.
+medians of several rounds, is what `docs/` reports.  The bare loop decodes bytes that are in memory already; Perch
+finds, reads, hashes, decodes, measures, packs, splits and writes them, starting each round with an empty cache.
 
     python benchmarks/ingest.py --images 400 --size 1024 --rounds 5
 """

@@ -21,7 +21,7 @@ FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP")
 
 # A JPEG may be decoded at 1/2, 1/4 or 1/8 of its scale as long as both sides keep this many pixels: faster, and it
 # still reads every coefficient, so that a truncated file is found out.
-REDUCED_DECODING_FLOOR_PX = 512
+REDUCED_DECODING_FLOOR_PX = 256
 
 _SIGNATURES = (
     b"\x89PNG\r\n\x1a\n",

@@ -56,14 +56,11 @@ def measure_image(image: Image.Image) -> ImageProperties:
     grey = image.reduce(max(1, math.ceil(max(image.size) / MEASURED_PX)))
     if grey.mode != "L":
         grey = grey.convert("L")
-    counts = np.asarray(grey.histogram(), dtype=np.float64)
-    levels = np.arange(256.0)
-    total = counts.sum()
-    mean = float(counts @ levels / total)
-    variance = float(counts @ (levels - mean) ** 2 / total)
-    cumulated = np.cumsum(counts)
-    p01, p99 = (float(np.searchsorted(cumulated, share * total)) for share in (0.01, 0.99))
-    return ImageProperties(mean, math.sqrt(variance), p01, p99, perceptual_hash(grey))
+    counts = np.array(grey.histogram(), dtype=np.int64)
+    total, first, second = (int(counts @ powers) for powers in _powers_of_levels())
+    mean, squares = first / total, total * second - first * first  # integers: exact, however flat the image
+    p01, p99 = counts.cumsum().searchsorted((0.01 * total, 0.99 * total)).tolist()
+    return ImageProperties(mean, math.sqrt(squares) / total, float(p01), float(p99), perceptual_hash(grey))
 
 
 def perceptual_hash(grey: Image.Image) -> int:
@@ -79,9 +76,16 @@ def perceptual_hash(grey: Image.Image) -> int:
     small = np.asarray(grey.resize((32, 32), Image.Resampling.BILINEAR, reducing_gap=2.0), dtype=np.float64)
     basis = _dct_basis()
     # A flat image has no frequencies but rounding noise, which would hash differently from one machine to the next.
-    frequencies = np.round(basis @ small @ basis.T, 6)
-    bits = np.packbits(frequencies > np.median(frequencies))
+    frequencies = (basis @ small @ basis.T).round(6)
+    ordered = np.sort(frequencies, axis=None)  # np.median costs more than all the rest
+    bits = np.packbits(frequencies > (ordered[31] + ordered[32]) / 2)
     return int.from_bytes(bits.tobytes(), "big", signed=True)
+
+
+@cache
+def _powers_of_levels() -> npt.NDArray[np.int64]:
+    """The 256 grey levels to the powers 0, 1 and 2, `(3, 256)`."""
+    return np.arange(256, dtype=np.int64) ** np.arange(3)[:, None]
 
 
 @cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -88,6 +88,7 @@ class ImageReader:
         pixels = decoded.pixels
         if floor_px > REDUCED_DECODING_FLOOR_PX and pixels.size != (decoded.width_px, decoded.height_px):
             pixels = decode_image(data, **limits, floor_px=floor_px).pixels
+        measured = measure_image(decoded.pixels)
         record = {
             "key": item.key,
             "label": item.label,
@@ -100,7 +101,11 @@ class ImageReader:
             "width_px": decoded.width_px,
             "height_px": decoded.height_px,
             "n_bytes": len(data),
-            **asdict(measure_image(decoded.pixels)),
+            "mean": measured.mean,
+            "std": measured.std,
+            "p01": measured.p01,
+            "p99": measured.p99,
+            "phash": measured.phash,
         }
         return ReadImage(record, data, to_model_input(pixels, self._contract))
 

@@ -173,18 +173,19 @@ class ShardWriter:
             pa.array([row[name] for row in self._records], METADATA_SCHEMA.field(name).type)
             for name in METADATA_COLUMNS
         ]
-        columns.append(_binary_array(self._images))
+        columns.append(_binary_column(self._images))
         self._writer.write_table(pa.Table.from_arrays(columns, schema=SCHEMA))
         self._rows += len(self._images)
         self._records, self._images, self._pending_bytes = [], [], 0
 
 
-def _binary_array(images: Sequence[bytes]) -> pa.Array:
-    """A binary column without the regrowing buffer of `pa.array`, which costs more than the copy itself."""
-    offsets = np.fromiter(accumulate(map(len, images), initial=0), np.int32, len(images) + 1)
-    return pa.Array.from_buffers(
-        pa.binary(), len(images), [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(images))]
-    )
+def _binary_column(images: Sequence[bytes]) -> pa.ChunkedArray:
+    """The images as a column that refers to their bytes where they are: a copy would cost as much as the writing."""
+    chunks = []
+    for image in images:
+        ends = np.array([0, len(image)], np.int32)
+        chunks.append(pa.Array.from_buffers(pa.binary(), 1, [None, pa.py_buffer(ends), pa.py_buffer(image)]))
+    return pa.chunked_array(chunks, pa.binary())
 
 
 class ShardImages:
