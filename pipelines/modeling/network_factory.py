@@ -32,4 +32,7 @@ def build_network(params: ModelTrainingParams, data: TrainingData, seed: int) ->
         from pipelines.modeling.huggingface import build_huggingface  # transformers takes seconds to import
 
         backbone = build_huggingface(params.huggingface, data.contract)
-    return NormalizedNet(PixelNormalization(data.mean, data.std), backbone)
+    network = NormalizedNet(PixelNormalization(data.mean, data.std), backbone)
+    # Pixels come with their channels last; convolutions that keep them there are a third faster on CPUs.
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network

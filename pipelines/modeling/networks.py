@@ -60,24 +60,28 @@ class NormalizedNet(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions beside a 1x1 shortcut, then half the resolution (He et al. 2016, arXiv 1512.03385)."""
+    """Two 3x3 convolutions beside a 1x1 shortcut (He et al. 2016, arXiv 1512.03385), at half the resolution after one.
+
+    Halving between the convolutions rather than after them costs little accuracy and saves almost half the time.
+    """
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
-        self.convolutions = nn.Sequential(
+        self.pool = nn.MaxPool2d(2, ceil_mode=True)
+        self.expand = nn.Sequential(
             nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False),
             nn.BatchNorm2d(channels_out),
             nn.ReLU(inplace=True),
-            nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False),
-            nn.BatchNorm2d(channels_out),
+        )
+        self.refine = nn.Sequential(
+            nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False), nn.BatchNorm2d(channels_out)
         )
         self.shortcut = nn.Conv2d(channels_in, channels_out, 1, bias=False)
-        self.pool = nn.MaxPool2d(2, ceil_mode=True)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """From `(N, channels_in, H, W)` to `(N, channels_out, H / 2, W / 2)`, rounded up."""
-        outputs: Tensor = self.pool(torch.relu(self.convolutions(inputs) + self.shortcut(inputs)))
-        return outputs
+        refined = self.refine(self.pool(self.expand(inputs)))
+        return torch.relu(refined + self.shortcut(self.pool(inputs)))
 
 
 class SmallConvNet(nn.Module):
