@@ -11,10 +11,12 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote, urlsplit
 
 from pipelines.errors import PerchError
+from pipelines.registry.mlflow_database import ensure_database
 from pipelines.registry.patience import be_patient
 from pipelines.settings import Settings
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from mlflow.store.artifact.artifact_repo import ArtifactRepository
 
 T = TypeVar("T")
+
+_SQLITE = "sqlite:///"
 
 # The patience is ours (`be_patient`); the client's own would be four minutes of silence.
 _ENVIRONMENT = {
@@ -82,8 +86,8 @@ def with_mlflow(settings: Settings, operation: Callable[[Mlflow], T]) -> T:
 
     uri = settings.tracking_uri
     name = f"MLflow at {_without_password(uri)}"
-    if uri.startswith("sqlite:///"):
-        (settings.home / "mlflow").mkdir(parents=True, exist_ok=True)
+    if uri.startswith(_SQLITE):
+        ensure_database(Path(uri.removeprefix(_SQLITE)))
 
     def attempt() -> T:
         return operation(Mlflow(MlflowClient(tracking_uri=uri, registry_uri=uri), settings))

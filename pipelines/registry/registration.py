@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from mlflow.models import ModelSignature
 
 ACCURACY_CHECK = "accuracy"  # the gate's check that carries the test accuracy with its interval
+INT8_MODEL = "model_int8.onnx"  # beside the model, where it won
 _REQUIREMENTS = ("numpy", "onnx", "onnxruntime")
 
 
@@ -113,13 +114,18 @@ def collect_evidence(workspace: Workspace) -> dict[str, Any]:
             limit=f"{training['onnx_sha256'][:16]}… was trained and judged",
             way_out="the file was changed after training; run the run's model_training and model_evaluation again",
         )
+    int8 = workspace.model / INT8_MODEL
     judged = sum(check.judged for check in verdict.checks)
     return {
         "run_id": run["run_id"],
         "git_sha": run["git_sha"],
         "git_clean": run["git_clean"],
         "data": {"sha256": manifest["data_sha256"], "md5": data_md5(workspace), "rows": manifest["rows"]},
-        "model": {"onnx_sha256": onnx_sha256, "weights_sha256": training["weights_sha256"]},
+        "model": {
+            "onnx_sha256": onnx_sha256,
+            "int8_sha256": _hash_file(int8) if int8.is_file() else None,
+            "weights_sha256": training["weights_sha256"],
+        },
         "validation": {
             "met": validation["met"],
             "total": validation["total"],
@@ -210,7 +216,7 @@ def _write_mlflow_model(workspace: Workspace, folder: Path) -> None:
     )
     # MLflow serialises the model anew; registered is the file that was judged, byte for byte.
     shutil.copyfile(source, folder / "model.onnx")
-    int8 = workspace.model / "model_int8.onnx"
+    int8 = workspace.model / INT8_MODEL
     if int8.is_file():
         shutil.copyfile(int8, folder / int8.name)
 
