@@ -33,10 +33,10 @@ from pipelines.settings import Settings, get_settings
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=300)
+    parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--size", type=int, default=1024, help="side of the images, in pixels")
     parser.add_argument("--channels", type=int, choices=(1, 3), default=1)
-    parser.add_argument("--model-size", type=int, default=224, help="side of the model's input, in pixels")
+    parser.add_argument("--model-size", type=int, default=28, help="side of the model's input, in pixels")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=get_settings().decode_workers)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines for a person")

@@ -245,9 +245,17 @@ def _explain_failure(data: bytes, error: Exception) -> DecodingError:
 
 
 def _ends_early(data: bytes) -> bool:
-    """Whether a PNG or JPEG lacks the marker that ends it; the other formats have none."""
-    if data.startswith(_SIGNATURES[0]):
+    """Whether the bytes stop before the end that their own format announces."""
+    if data.startswith(b"\x89PNG"):
         return b"IEND" not in data[-1024:]
-    if data.startswith(_SIGNATURES[1]):
+    if data.startswith(b"\xff\xd8"):
         return b"\xff\xd9" not in data[-1024:]
+    if data.startswith(b"GIF8"):
+        return not data.endswith(b";")
+    if data.startswith(b"BM"):
+        return int.from_bytes(data[2:6], "little") > len(data)
+    if data[8:12] == b"WEBP":
+        return int.from_bytes(data[4:8], "little") + 8 > len(data)
+    if data.startswith((b"II*\x00", b"MM\x00*")):  # where its directory of tags lies, often at the very end
+        return int.from_bytes(data[4:8], "little" if data.startswith(b"II") else "big") >= len(data)
     return False

@@ -53,7 +53,8 @@ class ImageProperties:
 
 def measure_image(image: Image.Image) -> ImageProperties:
     """Measure a decoded image (mode `L` or `RGB`)."""
-    grey = image.reduce(max(1, math.ceil(max(image.size) / MEASURED_PX)))
+    factor = math.ceil(max(image.size) / MEASURED_PX)
+    grey = image.reduce(factor) if factor > 1 else image
     if grey.mode != "L":
         grey = grey.convert("L")
     counts = np.array(grey.histogram(), dtype=np.int64)
@@ -73,8 +74,9 @@ def perceptual_hash(grey: Image.Image) -> int:
     Returns:
         64 bits, row by row, the first the most significant, reinterpreted as a signed integer.
     """
-    small = np.asarray(grey.resize((32, 32), Image.Resampling.BILINEAR, reducing_gap=2.0), dtype=np.float64)
-    basis = _dct_basis()
+    method = Image.Resampling.BOX if min(grey.size) >= 32 else Image.Resampling.BILINEAR
+    pixels = grey.resize((32, 32), method, reducing_gap=2.0).tobytes()
+    small, basis = np.frombuffer(pixels, np.uint8).reshape(32, 32).astype(np.float64), _dct_basis()
     # A flat image has no frequencies but rounding noise, which would hash differently from one machine to the next.
     frequencies = (basis @ small @ basis.T).round(6)
     ordered = np.sort(frequencies, axis=None)  # np.median costs more than all the rest

@@ -156,7 +156,9 @@ def test_decode_image__large_jpeg_turned__says_its_upright_full_size():
     assert decoded.pixels.size == (800, 1200)
 
 
-@pytest.mark.parametrize("data", [b"hello, world", b"%PDF-1.7 ...", b"\x00" * 100, b"PK\x03\x04aaaa", b"RIFF1234WAVEfmt "])
+@pytest.mark.parametrize(
+    "data", [b"hello, world", b"%PDF-1.7 ...", b"\x00" * 100, b"PK\x03\x04aaaa", b"RIFF1234WAVEfmt "]
+)
 def test_decode_image__other_content__is_not_an_image(data):
     assert reason_of(data) is Reason.NOT_AN_IMAGE
 
@@ -204,6 +206,17 @@ def test_decode_image__cut_anywhere__is_refused_or_loses_nothing(file_format, sh
     except DecodingError:
         return
     assert np.array_equal(np.asarray(decoded.pixels), whole)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP"])
+@pytest.mark.parametrize("share", [0.4, 0.9])
+def test_decode_image__cut_off__is_truncated(file_format, share):
+    data = encode(
+        colour(120, 120).effect_spread(20),
+        file_format,
+        **({"compression": "tiff_lzw"} if file_format == "TIFF" else {}),
+    )
+    assert reason_of(data[: int(len(data) * share)]) is Reason.TRUNCATED
 
 
 @settings(max_examples=150, deadline=None)
