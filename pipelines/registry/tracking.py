@@ -166,8 +166,11 @@ def _find_run(mlflow: Mlflow, params: Params, run_id: str) -> Run | None:
     experiment = mlflow.client.get_experiment_by_name(params.model_name)
     if experiment is None:
         return None
+    quote = '"' if "'" in run_id else "'"
     runs = mlflow.client.search_runs(
-        [experiment.experiment_id], f"tags.`perch.run_id` = '{run_id}'", order_by=["attributes.start_time ASC"]
+        [experiment.experiment_id],
+        f"tags.`perch.run_id` = {quote}{run_id}{quote}",
+        order_by=["attributes.start_time ASC"],
     )
     return min(runs, key=lambda run: (run.info.start_time, run.info.run_id), default=None)
 

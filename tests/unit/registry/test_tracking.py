@@ -195,6 +195,18 @@ def test_ensure_run__killed_after_creation__is_described_by_the_next_call(
     assert "environment.txt" in runs[run_id]["artifacts"]
 
 
+@pytest.mark.parametrize(
+    "run_id", ["somebody's", "scheduled__2026-11-01T02:00:00+00:00", 'the "big" one', "100% `sure`"]
+)
+def test_ensure_run__odd_run_id__is_found_again(
+    registry_settings: Settings, registry_params: Params, make_run: MakeRun, run_id: str
+) -> None:
+    workspace = make_run(run_id)
+    assert tracking.ensure_run(registry_settings, registry_params, workspace) == tracking.find_run(
+        registry_settings, registry_params, workspace
+    )
+
+
 def test_ensure_run__creation_answered_twice__keeps_to_the_earliest(
     registry_settings: Settings, registry_params: Params, make_run: MakeRun
 ) -> None:
