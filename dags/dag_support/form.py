@@ -17,7 +17,7 @@ FORM_FIELDS = {
     "trials": ("model_training.trials", "Optuna trials before the final training; 0 trains with the values above."),
     "source": (
         "data_ingestion.source",
-        "`digits`, a folder with one sub-folder per class, a .csv/.parquet table, an .npz, or an s3:// address.",
+        "digits, a folder with one sub-folder per class, a .csv/.parquet table, an .npz, or an s3:// address.",
     ),
     "as_of": ("data_ingestion.as_of", "Take the images that had arrived by this date; empty is the run's own date."),
 }
@@ -28,7 +28,7 @@ def form_params(params: Params) -> dict[str, Param]:
     """One field per entry of `FORM_FIELDS`, its default from `params.yaml`, its limits from the models' JSON Schema."""
     schema = Params.model_json_schema()
     return {
-        name: Param(_value(params, path), title=name, description_md=f"{text}  \n`{path}`", **_limits(schema, path))
+        name: Param(_value(params, path), title=name, description_md=f"{text}  \n({path})", **_limits(schema, path))
         for name, (path, text) in FORM_FIELDS.items()
     }
 

@@ -145,10 +145,11 @@ def _run_step(stage: str, run_id: str, overrides: dict[str, Any], as_of: str | N
         print_error(error)
         typer.echo(json.dumps({"links": error.links}))
         raise typer.Exit(error.exit_code) from None
+    typer.echo(f"  {stage:<20}  {outcome['summary']:<58} {time.monotonic() - started:6.1f} s")
     if as_json:
+        for title, address in outcome["links"].items():
+            typer.echo(f"  {title}: {address}")
         typer.echo(json.dumps(outcome))
-    else:
-        typer.echo(f"  {stage:<20}  {outcome['summary']:<58} {time.monotonic() - started:6.1f} s")
 
 
 def _describe(stage: str) -> str:

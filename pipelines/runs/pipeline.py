@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import date
 from typing import Any
 
 from pipelines.core.stage_graph import read_stage_graph
-from pipelines.errors import PerchError
+from pipelines.core.workspace import Workspace
+from pipelines.errors import PerchError, TryLater
 from pipelines.params import load_params
 from pipelines.runs.stages import run_in_workspace
 from pipelines.runs.workspaces import open_workspace
@@ -47,18 +49,21 @@ def run_step(
     try:
         result = run_in_workspace(settings, workspace, stage, mlflow_run_id=mlflow_run_id)
     except PerchError as error:
-        publish_stage(settings, params, workspace, stage, mlflow_run_id)
-        error.links = links(settings, stage, mlflow_run_id, error.reports)
+        with suppress(TryLater):  # what the stage said matters more than that MLflow is away, too
+            publish_stage(settings, params, workspace, stage, mlflow_run_id)
+            error.links = links(settings, workspace, stage, mlflow_run_id, error.reports)
         raise
     publish_stage(settings, params, workspace, stage, mlflow_run_id)
-    return {**result, "links": links(settings, stage, mlflow_run_id, result["reports"])}
+    return {**result, "links": links(settings, workspace, stage, mlflow_run_id, result["reports"])}
 
 
-def links(settings: Settings, stage: str, mlflow_run_id: str, reports: Mapping[str, str]) -> dict[str, str]:
+def links(
+    settings: Settings, workspace: Workspace, stage: str, mlflow_run_id: str, reports: Mapping[str, str]
+) -> dict[str, str]:
     """Addresses of a step's MLflow run and of its reports."""
-    from pipelines.registry.tracking import artifact_url, run_url
+    from pipelines.registry.tracking import artifact_url, report_artifact, run_url
 
     found = {"MLflow run": run_url(settings, mlflow_run_id)}
     for title, path in reports.items():
-        found[title] = artifact_url(settings, mlflow_run_id, f"{stage}/{path.rsplit('/', 1)[-1]}")
+        found[title] = artifact_url(settings, mlflow_run_id, report_artifact(workspace, stage, path))
     return {title: address for title, address in found.items() if address}

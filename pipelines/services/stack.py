@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 
 from pipelines.core.results import write_json
+from pipelines.registry.mlflow_database import ensure_database
 from pipelines.errors import PerchError, Refusal, TryLater
 from pipelines.services.programs import (
     HOST,
@@ -81,6 +82,8 @@ class Stack:
             [tool("supervisord"), "--configuration", str(config)], check=True, cwd=self.folder, env=self._environment()
         )
         mlflow, api, *rest = programs
+        # Whole or not at all: a kill among MLflow's migrations leaves a database that never opens again.
+        ensure_database(self.settings.home / "mlflow" / "mlflow.db")
         self._start(mlflow, report)
         self._migrate_airflow(ports, report)
         self._start(api, report)
