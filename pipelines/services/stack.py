@@ -23,8 +23,8 @@ from typing import Any
 import psutil
 
 from pipelines.core.results import write_json
-from pipelines.registry.mlflow_database import ensure_database
 from pipelines.errors import PerchError, Refusal, TryLater
+from pipelines.registry.mlflow_database import ensure_database
 from pipelines.services.programs import (
     HOST,
     Ports,
