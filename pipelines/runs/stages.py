@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +38,17 @@ def run_bare(stage: str, workspace: Workspace) -> StageResult:
             params = load_params(workspace.params_file)
             module = importlib.import_module(f"pipelines.stages.{stage}")
             result: StageResult = module.run(params, workspace)
+            write_json(workspace.result_file(stage), result.model_dump(mode="json"))
         except PerchError as error:
             write_json(refusal_file, _describe(error))
             raise
         except OSError as error:
-            if error.errno is None or error.strerror is None or "No space left" not in error.strerror:
+            if error.errno != errno.ENOSPC:
                 raise
-            full = TryLater(f"{stage}: the disk is full ({error.filename})\n  what to do: free some space, then retry")
-            write_json(refusal_file, _describe(full))
+            full = TryLater(f"{stage}: the disk of {workspace.root} is full\n  what to do: free some space, then retry")
+            with suppress(OSError):
+                write_json(refusal_file, _describe(full))
             raise full from error
-        write_json(workspace.result_file(stage), result.model_dump(mode="json"))
         return result
 
 

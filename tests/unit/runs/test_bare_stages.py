@@ -1,0 +1,84 @@
+"""A bare stage leaves its result or its refusal as a file, and an exit code that says whether to try again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipelines.errors import EXIT_REFUSED, EXIT_TRY_LATER
+
+PROJECT = Path(__file__).parents[3]
+
+
+def run_bare(folder: Path, home: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PERCH_HOME": str(home), "PYTHONPATH": str(PROJECT)}
+    command = [sys.executable, "-m", "pipelines", "data_ingestion"]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def write_params(folder: Path, **changes: str) -> None:
+    text = (PROJECT / "params.yaml").read_text()
+    for before, after in changes.items():
+        assert f"  {before}: " in text
+        text = "\n".join(
+            f"  {before}: {after}" if line.startswith(f"  {before}: ") else line for line in text.splitlines()
+        )
+    (folder / "params.yaml").write_text(text)
+
+
+def test_bare_stage__good_input__leaves_its_result(tmp_path: Path) -> None:
+    write_params(tmp_path, as_of="2026-11-01")
+    done = run_bare(tmp_path, tmp_path / "home")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "results" / "data_ingestion.json").read_text())["metrics"]["data/images"] == 897
+    assert not (tmp_path / "refusals").exists()
+
+
+def test_bare_stage__bad_input__leaves_its_refusal_and_exits_65(tmp_path: Path) -> None:
+    write_params(tmp_path, as_of="2025-01-01")
+    done = run_bare(tmp_path, tmp_path / "home")
+    assert done.returncode == EXIT_REFUSED
+    record = json.loads((tmp_path / "refusals" / "data_ingestion.json").read_text())
+    assert record["exit_code"] == EXIT_REFUSED
+    assert record["limit"]
+    assert record["way_out"] in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_bare_stage__bad_parameter__names_it_and_exits_65(tmp_path: Path) -> None:
+    write_params(tmp_path, shard_images="1")
+    done = run_bare(tmp_path, tmp_path / "home")
+    assert done.returncode == EXIT_REFUSED
+    assert "data_ingestion.shard_images: value 1" in done.stderr
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of half a megabyte."""
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("mounting a small file system needs root")
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", folder], check=False)
+    if mounted.returncode:
+        pytest.skip("this machine does not let its tests mount a file system")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_bare_stage__disk_full_in_its_middle__asks_to_try_later(small_disk: Path, tmp_path: Path) -> None:
+    write_params(small_disk)
+    (small_disk / "ballast").write_bytes(b"x" * 350_000)
+    done = run_bare(small_disk, tmp_path / "home")
+    assert done.returncode == EXIT_TRY_LATER, done.stderr
+    assert f"the disk of {small_disk} is full" in done.stderr
+    (small_disk / "ballast").unlink()
+    again = run_bare(small_disk, tmp_path / "home")
+    assert again.returncode == 0, again.stderr
