@@ -179,6 +179,9 @@ class ModelTrainingParams(Section):
     augmentation: AugmentationParams = AugmentationParams()
     trials: int = Field(0, ge=0, le=1000, description="Optuna trials before the final training; 0 is off.")
     trial_epochs: int = Field(6, ge=1, le=1000, description="Epochs of one trial.")
+    temperature_scaling: bool = Field(
+        True, description="Fit how sure the exported model says it is to the validation split."
+    )
     max_parity_difference: Number = Field(
         1e-3, gt=0, le=1, description="Largest difference of a probability between ONNX and PyTorch."
     )

@@ -27,31 +27,33 @@ Images = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class ExportedNet(nn.Module):
-    """What is exported: logits, and their softmax."""
+    """What is exported: the network's logits, divided by its temperature, and their softmax."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, temperature: float = 1.0) -> None:
         super().__init__()
         self.network = network
+        self.temperature = temperature
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """From uint8 `(N, H, W, C)` to logits and probabilities, float32 `(N, classes)`."""
-        logits = self.network(images)
+        logits = self.network(images) / self.temperature
         return logits, logits.softmax(dim=1)
 
 
-def export_onnx(network: nn.Module, contract: ModelContract, path: Path) -> None:
+def export_onnx(network: nn.Module, contract: ModelContract, path: Path, *, temperature: float = 1.0) -> None:
     """Write the network as ONNX with a free batch size; equal weights give equal bytes.
 
     Args:
         network: on the CPU, in evaluation mode, from uint8 `(N, H, W, C)` to logits.
         contract: goes into the file's metadata under `CONTRACT_KEY`.
         path: of the new file.
+        temperature: what the logits are divided by.
     """
     side, channels = contract.input.size_px, contract.input.channels
     example = torch.zeros(2, side, side, channels, dtype=torch.uint8)
     with _quiet_exporter():
         program = torch.onnx.export(
-            ExportedNet(network).eval(),
+            ExportedNet(network, temperature).eval(),
             (example,),
             dynamo=True,
             opset_version=OPSET,
@@ -83,15 +85,16 @@ def open_session(path: Path, *, threads: int = 0) -> onnxruntime.InferenceSessio
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def measure_parity(network: nn.Module, path: Path, images: Images) -> float:
+def measure_parity(network: nn.Module, path: Path, images: Images, *, temperature: float = 1.0) -> float:
     """The largest absolute difference of a probability between PyTorch and the file, one by one and in batches.
 
     Args:
         network: what was exported.
         path: the ONNX file.
         images: uint8 `(N, H, W, C)`, N at least 1.
+        temperature: what it was exported with.
     """
-    exported, predictor = ExportedNet(network).eval(), OnnxPredictor(path)
+    exported, predictor = ExportedNet(network, temperature).eval(), OnnxPredictor(path)
     starts = range(0, len(images), _PARITY_BATCH)
     with torch.inference_mode():
         expected = np.concatenate(
@@ -101,6 +104,15 @@ def measure_parity(network: nn.Module, path: Path, images: Images) -> float:
     in_batches = np.abs(predictor.predict(images, _PARITY_BATCH) - expected).max()
     one_by_one = np.abs(predictor.predict(singles, 1) - expected[: len(singles)]).max()
     return float(np.maximum(in_batches, one_by_one))  # NaN wins, unlike in max()
+
+
+def compute_logits(network: nn.Module, images: Images) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The network's own logits, float32 `(N, classes)`, of uint8 images `(N, H, W, C)`, batch by batch."""
+    starts = range(0, len(images), _PARITY_BATCH)
+    with torch.inference_mode():
+        return np.concatenate(
+            [network(torch.tensor(images[start : start + _PARITY_BATCH])).numpy() for start in starts]
+        )
 
 
 def refuse_disparity(difference: float, limit: float) -> None:

@@ -46,6 +46,7 @@ class TrainingRecord(BaseModel):
     best_epoch: int
     epochs_run: int
     stopped_early: bool
+    temperature: float
     parity_max_difference: float
     parity_images: int
     torch_threads: int
@@ -144,13 +145,17 @@ def _export(
 
     import torch
 
-    from pipelines.modeling.export import export_onnx, measure_parity, refuse_disparity
+    from pipelines.modeling.export import compute_logits, export_onnx, measure_parity, refuse_disparity
+    from pipelines.modeling.temperature import fit_temperature
     from pipelines.modeling.weights import hash_weights
 
     onnx_file = workspace.model / "model.onnx"
-    export_onnx(training.network, data.contract, onnx_file)
+    temperature = 1.0
+    if params.model_training.temperature_scaling:
+        temperature = fit_temperature(compute_logits(training.network, data.val.images), data.val.labels)
+    export_onnx(training.network, data.contract, onnx_file, temperature=temperature)
     parity_images = data.val.images[:_PARITY_IMAGES]
-    difference = measure_parity(training.network, onnx_file, parity_images)
+    difference = measure_parity(training.network, onnx_file, parity_images, temperature=temperature)
     refuse_disparity(difference, params.model_training.max_parity_difference)
     record = TrainingRecord(
         network=params.model_training.network,
@@ -160,6 +165,7 @@ def _export(
         best_epoch=training.history.best_epoch,
         epochs_run=len(training.history.records),
         stopped_early=training.stopped_early,
+        temperature=temperature,
         parity_max_difference=difference,
         parity_images=len(parity_images),
         torch_threads=torch.get_num_threads(),
