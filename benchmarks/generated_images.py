@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 
-def write_image_folder(folder: Path, images: int, size_px: int, *, channels: int = 1, quality: int = 90) -> int:
+def write_image_folder(folder: Path, images: int, size_px: int, *, channels: int = 1, quality: int = 85) -> int:
     """Write JPEGs of two classes, all different; returns how many bytes they take.
 
     Each is 1/f noise, the spectrum of natural images (Field, J. Opt. Soc. Am. A 1987), with a little sensor noise.
@@ -26,7 +26,7 @@ def write_image_folder(folder: Path, images: int, size_px: int, *, channels: int
         picked = [scenes[int(rng.integers(len(scenes)))] for _ in range(channels)]
         shifts = tuple(int(shift) for shift in rng.integers(0, size_px, size=2))
         pixels = np.stack([np.roll(scene, shifts, axis=(0, 1)) for scene in picked], axis=-1).astype(np.int16)
-        noise = rng.integers(-4, 5, size=(64, size_px, 1), dtype=np.int16)
+        noise = rng.integers(-3, 4, size=(64, size_px, 1), dtype=np.int16)
         pixels += np.tile(noise, (size_px // 64 + 1, 1, 1))[:size_px]
         file = folder / ("left" if index % 2 else "right") / f"{index:06d}.jpg"
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """What earlier ingestions read, kept on this machine, so that the next reads only what is new.
 
-Layout, below `Settings.ingest_cache_dir`; nothing in it is needed, and all of it may be deleted at any time:
+Layout, below `Settings.ingest_cache_dir`; nothing in it is needed, and all of it may be deleted at any time (what no
+ingestion has used for three months is):
 
 - `shards/<name>.parquet`: shards as they went into a run, hard links where the file system allows;
 - `index/<source>/<name>.parquet`: key and fingerprint of each image of a shard, as a source listed it;
@@ -36,6 +37,7 @@ from pipelines.data.shards import METADATA_COLUMNS, ShardEntry, ShardImages, fil
 from pipelines.data.sources.base import SourceItem
 
 _ABANDONED_AFTER_S = 24 * 3600.0
+_UNUSED_AFTER_S = 90 * 24 * 3600.0
 _SHA256_KEY = b"shard_sha256"
 
 
@@ -68,7 +70,7 @@ class IngestCache:
         self._images: tuple[str, ShardImages | None] = ("", None)
         for folder in (self._index, self._shards):
             folder.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(root)
+        remove_unused(root)
         self._load()
 
     def find_row(self, item: SourceItem) -> CachedRow | None:
@@ -131,6 +133,8 @@ class IngestCache:
 
     def copy_shard(self, shard: ShardEntry, folder: Path) -> None:
         """Put a cached shard into a run's folder."""
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(self._index / shard.name)
         link_or_copy(self.shard_file(shard), folder / shard.name)
 
     def _write_index(self, name: str, table: pa.Table) -> None:
@@ -211,12 +215,31 @@ def temporary_file(root: Path) -> Iterator[Path]:
         path.unlink(missing_ok=True)
 
 
-def remove_abandoned(root: Path) -> None:
-    """Remove temporary files that killed processes left behind long ago."""
-    for file in (root / "temporary").glob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - file.stat().st_mtime > _ABANDONED_AFTER_S:
-                file.unlink()
+def remove_unused(root: Path) -> None:
+    """Remove what killed processes left behind, and what no ingestion has used for three months.
+
+    An index file's time is that of its last use; shards and shaped images live as long as an index names them.
+    """
+    used = set()
+    for file in root.glob("index/*/*.parquet"):
+        if _is_younger(file, _UNUSED_AFTER_S):
+            used.add(file.stem)
+        else:
+            file.unlink(missing_ok=True)
+    for pattern in ("shards/*", "shaped/*/*"):
+        for file in root.glob(pattern):
+            if file.stem not in used and not _is_younger(file, _ABANDONED_AFTER_S):
+                file.unlink(missing_ok=True)
+    for file in root.glob("temporary/*"):
+        if not _is_younger(file, _ABANDONED_AFTER_S):
+            file.unlink(missing_ok=True)
+
+
+def _is_younger(file: Path, age_s: float) -> bool:
+    try:
+        return time.time() - file.stat().st_mtime < age_s
+    except FileNotFoundError:  # another process was faster
+        return False
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -36,10 +36,11 @@ _Outcome = ReadImage | UnusableFile | CachedRow
 
 @dataclass(frozen=True)
 class Ingested:
-    """What an ingestion did: its manifest, and how many images it had to read for it."""
+    """What an ingestion did: its manifest, how many images it had to read, how many it put aside for which reason."""
 
     manifest: Manifest
     images_read: int
+    quarantined: dict[str, int]
 
 
 def ingest(
@@ -92,7 +93,7 @@ def ingest(
 
     with ImageProgress("reading", len(items)) as progress, packer:
         looked_up = ((item, cache.find_row(item) or cache.find_fault(item)) for item in items)
-        outcomes = map_ordered(read_unless_known, looked_up, threads=readers, ahead=4 * readers)
+        outcomes = map_ordered(read_unless_known, looked_up, threads=readers, ahead=8 * readers)
         for item, outcome in zip(items, outcomes, strict=True):
             if isinstance(outcome, UnusableFile):
                 unusable.append((item, outcome))
@@ -115,7 +116,8 @@ def ingest(
         data_sha256=packer.data_sha256,
     )
     manifest.write(raw)
-    return Ingested(manifest, images_read)
+    reasons = Counter(str(fault.record["reason"]) for _, fault in unusable)
+    return Ingested(manifest, images_read, dict(reasons.most_common()))
 
 
 def list_items(source: Source, params: DataIngestionParams) -> list[SourceItem]:

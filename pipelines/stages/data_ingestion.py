@@ -1,4 +1,4 @@
-"""Stage `data_ingestion`: read the source, measure every image, pack shards, put aside what cannot be read."""
+"""Read the source, measure every image, pack shards; what cannot be read goes to quarantine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run(params: Params, workspace: Workspace) -> DataIngestionResult:
     """
     settings = get_settings()
     shaping = params.data_preprocessing
-    manifest = ingest(
+    ingested = ingest(
         open_source(params.data_ingestion, settings),
         params.data_ingestion,
         InputContract(size_px=shaping.size_px, channels=shaping.channels, resize=shaping.resize),
@@ -35,9 +35,12 @@ def run(params: Params, workspace: Workspace) -> DataIngestionResult:
         quarantine_file=workspace.quarantine_file,
         cache_dir=settings.ingest_cache_dir,
         threads=settings.decode_workers,
-    ).manifest
+    )
+    manifest = ingested.manifest
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in ingested.quarantined.items())
+    quarantined = f"{manifest.quarantined:,} quarantined" + (f" ({reasons})" if reasons else "")
     return DataIngestionResult(
-        summary=f"{manifest.rows:,} images, {manifest.quarantined:,} quarantined",
+        summary=f"{manifest.rows:,} images, {quarantined}",
         metrics={
             "data/images": float(manifest.rows),
             "data/quarantined": float(manifest.quarantined),

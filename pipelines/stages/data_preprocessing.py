@@ -1,4 +1,4 @@
-"""Stage `data_preprocessing`: assign splits by content, leave outliers out, one uint8 array per split."""
+"""Assign splits by content, leave duplicates and outliers out, write one uint8 array per split."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage `feature_engineering`: normalisation constants and class weights from training, features of every image."""
+"""Compute normalisation constants and class weights from the training split, and features of every image."""
 
 from __future__ import annotations
 

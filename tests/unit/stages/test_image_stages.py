@@ -63,7 +63,7 @@ def test_run__colour_folder_of_mixed_sizes__needs_the_parameters_alone(workspace
         data_ingestion={"source": "scans"},
         data_preprocessing={"size_px": 32, "channels": 3, "resize": "pad", "min_images_per_class": 1},
     )
-    assert data_ingestion.run(params, workspace).summary == "110 images, 1 quarantined"
+    assert data_ingestion.run(params, workspace).summary == "110 images, 1 quarantined (1 truncated)"
     data_preprocessing.run(params, workspace)
     result = feature_engineering.run(params, workspace)
     assert {"train/mean_r", "train/mean_g", "train/mean_b"} <= set(result.metrics)
