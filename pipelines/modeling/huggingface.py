@@ -159,10 +159,11 @@ def _refuse_misfit(network: HuggingFaceNet, checkpoint: str, contract: ModelCont
 
 
 def _refuse_checkpoint(checkpoint: str, error: Exception) -> Refusal:
-    place = "the folder" if Path(checkpoint).is_dir() else "neither a local folder nor on a reachable hub"
+    missing = isinstance(error, OSError) and not Path(checkpoint).is_dir()
+    problem = "is neither a local folder nor on a reachable hub" if missing else "cannot be loaded"
     return Refusal(
         f"model_training.huggingface.checkpoint {checkpoint}",
-        f"{place}: {str(error).splitlines()[0]}",
+        f"{problem}: {str(error).strip().splitlines()[0]}",
         limit="an image classifier that transformers can load",
         way_out="give a local folder made by save_pretrained, mend the network, or set pretrained: false with the name "
         "of an architecture such as efficientnet",
@@ -171,13 +172,15 @@ def _refuse_checkpoint(checkpoint: str, error: Exception) -> Refusal:
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """No progress bars for a few shards, and no advice to train the head, which is about to happen."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """No advice to train the head, which is about to happen, and no line for each retry of a hub that is away."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -72,6 +72,8 @@ def run(params: Params, workspace: Workspace) -> ModelTrainingResult:
     from pipelines.modeling.training_data import load_training_data
 
     data = load_training_data(workspace)
+    shutil.rmtree(workspace.model, ignore_errors=True)  # what a killed attempt may have left
+    workspace.model.mkdir(parents=True)
     with LiveRun.from_environment() as live_run:
         settings, hyperparameters = _tune(params, workspace, data, live_run)
         training = _train(params, settings, workspace, data, live_run)
@@ -99,7 +101,6 @@ def _tune(
     from pipelines.modeling.tuning import tune, write_trials
 
     settings = params.model_training
-    workspace.model.mkdir(parents=True, exist_ok=True)
     if settings.trials == 0:
         return settings, {}
     tuning = tune(

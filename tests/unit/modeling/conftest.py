@@ -232,3 +232,42 @@ def make_evaluation_run(tmp_path: Path) -> MakeEvaluationRun:
         return EvaluationRun(Workspace(tmp_path / "run"), **changes).write()  # type: ignore[arg-type]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def training_data():
+    """The digits 0, 1 and 2 as 8 px images: 160 to train on, 60 to validate on; PyTorch keeps to one thread."""
+    import torch
+
+    from pipelines.modeling.training_data import LabelledImages, TrainingData
+
+    torch.set_num_threads(1)
+    images, labels, more_images, more_labels = digits()
+    contract = ModelContract(input=InputContract(size_px=SIDE_PX, channels=1, resize="squash"), labels=("0", "1", "2"))
+    train, val = labels < 3, more_labels < 3
+    return TrainingData(
+        LabelledImages(images[train][:160, ..., None], labels[train][:160]),
+        LabelledImages(more_images[val][:60, ..., None], more_labels[val][:60]),
+        contract,
+        mean=(80.0,),
+        std=(95.0,),
+        class_weights=np.ones(3, dtype=np.float32),
+    )
+
+
+@pytest.fixture
+def training_workspace(training_data, tmp_path: Path) -> Workspace:
+    """What `model_training` reads, for `training_data`."""
+    workspace = Workspace(tmp_path / "run")
+    workspace.splits.mkdir(parents=True)
+    tables = []
+    for name in ("train", "val"):
+        split = getattr(training_data, name)
+        np.save(workspace.splits / f"{name}.npy", split.images)
+        rows = {"used_split": name, "row": np.arange(len(split)), "label_index": split.labels}
+        tables.append(pd.DataFrame(rows).sample(frac=1.0, random_state=0))
+    pd.concat(tables).to_parquet(workspace.splits / "images.parquet")
+    write_json(workspace.splits / "contract.json", training_data.contract.model_dump(mode="json"))
+    statistics = {"mean": [80.0], "std": [95.0], "class_weights": {"0": 1.0, "1": 1.0, "2": 1.0}, "train_images": 160}
+    write_json(workspace.features / "statistics.json", statistics)
+    return workspace
