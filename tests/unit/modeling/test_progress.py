@@ -42,7 +42,7 @@ def test_training_progress__resumed__says_where_it_goes_on(training_data, tmp_pa
             if trainer.current_epoch == 1:
                 raise KeyboardInterruptLike
 
-    class KeyboardInterruptLike(Exception):  # noqa: N818
+    class KeyboardInterruptLike(Exception):
         pass
 
     history = EpochHistory(5)
