@@ -1,7 +1,7 @@
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.core.splitting import SPLITS, SplitShares, assign_splits, draw, find_small_classes, pick_split
@@ -10,6 +10,7 @@ SHARES = SplitShares(0.70, 0.15)
 identities = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20)
 
 
+@settings(deadline=None)
 @given(old=st.lists(identities, min_size=1, max_size=40, unique=True), new=st.lists(identities, max_size=40))
 def test_assign_splits__data_is_added__no_image_changes_its_split(old, new):
     added = [identity for identity in new if identity not in set(old)]
@@ -19,6 +20,7 @@ def test_assign_splits__data_is_added__no_image_changes_its_split(old, new):
     assert after[len(added) :] == before
 
 
+@settings(deadline=None)
 @given(rows=st.lists(st.tuples(identities, st.sampled_from(["", "anna", "ben", "carla"])), min_size=1, max_size=60))
 def test_assign_splits__images_have_groups__each_group_stays_in_one_split(rows):
     splits = assign_splits([sha for sha, _ in rows], [group for _, group in rows], [""] * len(rows), SHARES)
@@ -29,12 +31,14 @@ def test_assign_splits__images_have_groups__each_group_stays_in_one_split(rows):
     assert all(len(of) == 1 for of in seen.values())
 
 
+@settings(deadline=None)
 @given(identity=identities)
 def test_draw__any_identity__lies_in_the_unit_interval_and_repeats(identity):
     assert 0.0 <= draw(identity) < 1.0
     assert draw(identity) == draw(identity)
 
 
+@settings(deadline=None)
 @given(
     identity=identities,
     train=st.floats(0.05, 0.8),

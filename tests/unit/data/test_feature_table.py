@@ -2,7 +2,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.core.image_features import FEATURES, compute_features
@@ -68,6 +68,7 @@ def test_write_features__flat_training_images__are_refused(splits_dir, tmp_path)
         write_features(splits_dir(flat=True), ["common", "rare"], tmp_path / "features", 3.0)
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.text(min_size=1, max_size=5), st.integers(1, 10_000), min_size=2, max_size=8))
 def test_weigh_classes__uncapped__an_average_image_counts_one(counts):
     weights = weigh_classes(counts, max_weight=1e9)

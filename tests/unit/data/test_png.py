@@ -3,7 +3,7 @@ import io
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
@@ -13,6 +13,7 @@ from pipelines.data.png import encode_png
 shapes = st.tuples(st.integers(1, 20), st.integers(1, 20)) | st.tuples(st.integers(1, 9), st.integers(1, 9), st.just(3))
 
 
+@settings(deadline=None)
 @given(arrays.arrays(np.uint8, shapes))
 def test_encode_png__any_pixels__decodes_to_them(pixels):
     image = Image.open(io.BytesIO(encode_png(pixels)))

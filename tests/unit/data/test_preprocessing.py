@@ -5,7 +5,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.core.contract import ModelContract
@@ -154,6 +154,7 @@ def test_find_outliers__each_class__is_judged_by_itself():
     assert np.flatnonzero(find_outliers(["dark"] * 40 + ["bright"] * 41, means, 8.0)).tolist() == [80]
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 255, width=32), min_size=1, max_size=60), st.floats(1, 20))
 def test_find_outliers__any_values__leaves_most_of_a_class(values, outlier_z):
     outliers = find_outliers(["cat"] * len(values), np.array([values], np.float32), outlier_z)

@@ -2,7 +2,7 @@ import datetime
 import hashlib
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.data.shards import (
@@ -63,6 +63,7 @@ def cut(contents: list[bytes], shard_images: int = 16, target_bytes: int = 10**9
     return [*shards, present] if present else shards
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(min_size=1, max_size=60), max_size=200), st.integers(16, 40), st.integers(50, 400))
 def test_shard_cutter__any_images__keeps_all_within_its_bounds(contents, shard_images, target_bytes):
     shards = cut(contents, shard_images, target_bytes)
