@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
-
 from airflow.sdk import DAG, chain
 
+from dags.dag_support.default_args import default_args
 from dags.dag_support.form import form_params
-from dags.dag_support.notifiers import FailureNotice
 from dags.dag_support.project import PROJECT_DIR
 from dags.dag_support.stage_tasks import StageOperator
 from pipelines.core.stage_graph import read_stage_graph
 from pipelines.params import load_params
-from pipelines.settings import get_settings
 
 with DAG(
     dag_id="ml_training_pipeline",
@@ -23,14 +20,7 @@ with DAG(
     catchup=False,
     max_active_runs=1,
     params=form_params(load_params(PROJECT_DIR / "params.yaml")),
-    default_args={
-        "owner": "perch",
-        "retries": 3,
-        "retry_delay": timedelta(seconds=get_settings().retry_delay_s),
-        "retry_exponential_backoff": True,
-        "max_retry_delay": timedelta(minutes=10),
-        "on_failure_callback": FailureNotice(),
-    },
+    default_args=default_args(),
     tags=["perch"],
 ) as dag:
     stages = read_stage_graph(PROJECT_DIR / "dvc.yaml")
