@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import nn
 
 from pipelines.modeling.augmentation import augmentation_for
@@ -96,7 +98,7 @@ def train(
     callbacks += observers
     if resumption is not None:
         callbacks.append(EpochCheckpoint(resumption.path, resumption.fingerprint))
-    with _quiet_lightning(), _restoring_determinism():
+    with _quiet_lightning(), _restoring_determinism(), _honest_exit_codes():
         trainer = pl.Trainer(
             max_epochs=params.epochs,
             accelerator=params.accelerator,
@@ -122,6 +124,21 @@ def _deterministic(accelerator: str) -> Literal["warn", True]:
     """Strict on CPUs; a warning on GPUs, where some networks have operations without a deterministic kernel."""
     on_gpu = accelerator == "gpu" or (accelerator == "auto" and torch.cuda.is_available())
     return "warn" if on_gpu else True
+
+
+@contextmanager
+def _honest_exit_codes() -> Iterator[None]:
+    """Ended from outside, say so: Lightning would exit with code 0 after a SIGTERM, and with 1 after Ctrl-C."""
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SIGTERMException:
+        raise SystemExit(128 + signal.SIGTERM) from None
+    except SystemExit as ending:
+        if not isinstance(ending.__context__, KeyboardInterrupt):
+            raise
+        signal.signal(signal.SIGINT, on_interrupt)
+        raise KeyboardInterrupt from None
 
 
 @contextmanager

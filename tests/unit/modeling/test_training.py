@@ -198,6 +198,31 @@ def test_train__class_weights__raise_the_weighted_classes_share(training_data):
     assert shares[True] > shares[False]
 
 
+class SignalAt(pl.Callback):
+    """Sends a signal to this process in the second epoch."""
+
+    def __init__(self, signum: signal.Signals) -> None:
+        self._signum = signum
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if (trainer.current_epoch, batch_idx) == (1, 1):
+            os.kill(os.getpid(), self._signum)
+
+
+@pytest.mark.parametrize(
+    ("signum", "ending"), [(signal.SIGTERM, SystemExit(128 + signal.SIGTERM)), (signal.SIGINT, KeyboardInterrupt())]
+)
+def test_train__ended_from_outside__says_so_and_can_be_resumed(training_data, uninterrupted, tmp_path, signum, ending):
+    resumption = Resumption(tmp_path / "training.ckpt", "same inputs")
+    handler = signal.getsignal(signum)
+    with pytest.raises(type(ending)) as caught:
+        train(training_data, PARAMS, seed=7, resumption=resumption, observers=[SignalAt(signum)])
+    assert caught.value.args == ending.args
+    assert signal.getsignal(signum) == handler
+    resumed = train(training_data, PARAMS, seed=7, resumption=resumption)
+    assert hash_weights(resumed.network) == hash_weights(uninterrupted.network)
+
+
 def test_train__ends__leaves_pytorch_s_settings_as_they_were(training_data):
     assert not torch.are_deterministic_algorithms_enabled()
     train(training_data, with_params(epochs=1), seed=7, history=EpochHistory(1))
