@@ -75,8 +75,8 @@ class ClassifierLitModule(pl.LightningModule):
             augmentation,
             seed,
         )
-        self._train_sums = torch.zeros(2, dtype=torch.float64)  # loss times images, images
-        self._val_sums = torch.zeros(4, dtype=torch.float64)  # loss times weight, weight, right answers, images
+        self._train_sums = torch.zeros(2)  # loss times images, images
+        self._val_sums = torch.zeros(4)  # loss times weight, weight, right answers, images
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits of a batch of pixels."""
@@ -100,15 +100,15 @@ class ClassifierLitModule(pl.LightningModule):
         logits = self.network(images).float()
         loss, weight = self._loss.validation(logits, labels)
         right = (logits.argmax(dim=1) == labels).sum()
-        self._val_sums += torch.stack([loss, weight, right, torch.tensor(len(labels), device=loss.device)]).cpu()
+        self._val_sums += torch.stack([loss, weight, right.float(), torch.full_like(loss, len(labels))])
 
     def on_train_epoch_start(self) -> None:
-        """Begin the epoch's sums."""
-        self._train_sums.zero_()
+        """Begin the epoch's sums, where the network is: reading them once per epoch keeps a GPU busy."""
+        self._train_sums = torch.zeros(2, device=self.device)
 
     def on_validation_epoch_start(self) -> None:
         """Begin the epoch's sums."""
-        self._val_sums.zero_()
+        self._val_sums = torch.zeros(4, device=self.device)
 
     def epoch_metrics(self) -> dict[str, float]:
         """Means over the epoch that was just trained and validated, and the learning rate it ended with."""

@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities.exceptions import SIGTERMException
+from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch import nn
 
+from pipelines.errors import Refusal
 from pipelines.modeling.augmentation import augmentation_for
 from pipelines.modeling.callbacks import EpochCheckpoint, EpochHistory, MovingAverage, find_checkpoint
 from pipelines.modeling.data_module import ImageDataModule
@@ -77,7 +78,7 @@ def train(
         history: to share with observers; by default a new one.
 
     Raises:
-        Refusal: the loss became NaN or infinite, or the network cannot be built.
+        Refusal: the loss became NaN or infinite, the network cannot be built, or there is no such accelerator.
         TryLater: a checkpoint could not be written.
     """
     history = history or EpochHistory(params.patience_epochs)
@@ -99,7 +100,17 @@ def train(
     if resumption is not None:
         callbacks.append(EpochCheckpoint(resumption.path, resumption.fingerprint))
     with _quiet_lightning(), _restoring_determinism(), _honest_exit_codes():
-        trainer = pl.Trainer(
+        trainer = _make_trainer(params, callbacks)
+        checkpoint = find_checkpoint(resumption.path, resumption.fingerprint) if resumption else None
+        data_module = ImageDataModule(data, batch_size=params.batch_size, seed=seed)
+        trainer.fit(lit_module, data_module, ckpt_path=checkpoint, weights_only=True)
+    network.cpu().load_state_dict(history.best_weights)
+    return Training(network.eval(), history, params.epochs)
+
+
+def _make_trainer(params: ModelTrainingParams, callbacks: list[pl.Callback]) -> pl.Trainer:
+    try:
+        return pl.Trainer(
             max_epochs=params.epochs,
             accelerator=params.accelerator,
             devices=1,
@@ -113,11 +124,12 @@ def train(
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
         )
-        checkpoint = find_checkpoint(resumption.path, resumption.fingerprint) if resumption else None
-        data_module = ImageDataModule(data, batch_size=params.batch_size, seed=seed)
-        trainer.fit(lit_module, data_module, ckpt_path=checkpoint, weights_only=True)
-    network.cpu().load_state_dict(history.best_weights)
-    return Training(network.eval(), history, params.epochs)
+    except MisconfigurationException as error:
+        raise Refusal(
+            f"model_training.accelerator {params.accelerator} with precision {params.precision}",
+            f"not possible here: {error}",
+            way_out="use accelerator auto and precision 32-true",
+        ) from error
 
 
 def _deterministic(accelerator: str) -> Literal["warn", True]:

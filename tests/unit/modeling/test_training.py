@@ -173,6 +173,12 @@ def test_train__loss_not_finite__names_epoch_and_learning_rate(training_data):
     assert "learning_rate" in caught.value.way_out
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_train__gpu_asked_for_where_there_is_none__is_refused(training_data):
+    with pytest.raises(Refusal, match="model_training.accelerator gpu"):
+        train(training_data, with_params(accelerator="gpu"), seed=7)
+
+
 def test_train__checkpoint_cannot_be_written__asks_for_another_try(training_data, tmp_path):
     in_the_way = tmp_path / "a file"
     in_the_way.touch()
