@@ -13,8 +13,10 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.utilities.exceptions import SIGTERMException
+from pytorch_lightning.utilities.exceptions import (
+    MisconfigurationException,  # type: ignore[attr-defined]
+    SIGTERMException,
+)
 from torch import nn
 
 from pipelines.errors import Refusal
