@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities.exceptions import (
-    MisconfigurationException,  # type: ignore[attr-defined]
+from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-defined]
+    MisconfigurationException,
     SIGTERMException,
 )
 from torch import nn
