@@ -103,7 +103,7 @@ class DataPreprocessingParams(Section):
         0.15, description="Share that early stopping and tuning look at; the rest is the test split."
     )
     outlier_z: Number = Field(8.0, gt=0, description="Robust deviations from the class's median that are too many.")
-    min_images_per_class: int = Field(5, ge=1, description="Images that each class must have in each split.")
+    min_images_per_class: int = Field(2, ge=1, description="Images that each class must have in each split.")
 
     @model_validator(mode="after")
     def _shares_leave_a_test_split(self) -> DataPreprocessingParams:

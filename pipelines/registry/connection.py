@@ -6,9 +6,6 @@ the same folder, so that a run recorded through the server of `perch up` is read
 
 from __future__ import annotations
 
-import importlib
-import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +14,7 @@ from urllib.parse import quote, urlsplit
 
 from pipelines.errors import PerchError
 from pipelines.registry.mlflow_database import ensure_database
+from pipelines.registry.mlflow_import import import_mlflow
 from pipelines.registry.patience import be_patient
 from pipelines.settings import Settings
 
@@ -27,16 +25,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _SQLITE = "sqlite:///"
-
-# The patience is ours (`be_patient`); the client's own would be four minutes of silence.
-_ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "GIT_PYTHON_REFRESH": "quiet",
-}
 
 
 @dataclass(frozen=True)
@@ -80,7 +68,7 @@ def with_mlflow(settings: Settings, operation: Callable[[Mlflow], T]) -> T:
         TryLater: MLflow was away for too long; the message names its address.
         PerchError: MLflow is there and refused.
     """
-    _prepare()
+    import_mlflow()
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
@@ -106,15 +94,6 @@ def page_url(settings: Settings, *parts: str) -> str | None:
         return None
     path = "/".join(quote(part, safe="/") for part in parts)
     return f"{_without_password(settings.tracking_uri).rstrip('/')}/#/{path}"
-
-
-def _prepare() -> None:
-    """Set what MLflow reads from the environment before its import, and silence what it says about its own affairs."""
-    for key, value in _ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
-    importlib.import_module("mlflow")  # which sets up its loggers, so that ours is the last word
-    for logger in ("mlflow", "alembic", "urllib3.connectionpool"):
-        logging.getLogger(logger).setLevel(logging.ERROR)
 
 
 def _is_away(error: Exception, *, server: bool) -> bool:

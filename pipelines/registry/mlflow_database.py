@@ -10,6 +10,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from pipelines.registry.mlflow_import import import_mlflow
+
 
 def ensure_database(file: Path) -> None:
     """Create MLflow's database where there is none; call it before anything else of MLflow opens it.
@@ -19,6 +21,7 @@ def ensure_database(file: Path) -> None:
     """
     if file.exists():
         return
+    import_mlflow()
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     file.parent.mkdir(parents=True, exist_ok=True)
