@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -50,6 +51,7 @@ class Stack:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.folder = settings.home / "services"
+        self.working_folder = self.folder / "working"
         # A Unix socket's path may have 107 bytes, a checkout's may have more.
         digest = sha256(str(settings.home).encode()).hexdigest()[:12]
         self.socket = Path(tempfile.gettempdir()) / f"perch-{os.getuid()}-{digest}.sock"
@@ -72,7 +74,7 @@ class Stack:
         _refuse_missing_tools()
         ports = ports or choose_ports()
         programs = [mlflow_program(self.settings, ports), *airflow_programs(self.settings, ports)]
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.working_folder.mkdir(parents=True, exist_ok=True)
         ensure_passwords(self.settings)
         write_json(self.folder / "ports.json", asdict(ports))
         config = self.folder / "supervisord.conf"
@@ -104,7 +106,7 @@ class Stack:
             pid = supervisor.supervisor.getPID()
             supervisor.supervisor.shutdown()
             _wait_until(lambda: not psutil.pid_exists(pid), _STOP_LIMIT_S)
-        # A supervisor that was killed leaves its children behind; they carry this home in their environment.
+        # A supervisor that was killed leaves its children behind.
         strays = list(self._strays())
         for process in strays:
             with suppress(psutil.NoSuchProcess):
@@ -151,11 +153,19 @@ class Stack:
         self._require_supervisor().supervisor.startProcess(program.name, False)
 
     def _wait_healthy(self, program: Program) -> None:
+        first_pid = 0
+
         def ready() -> bool:
-            state = self.status().get(program.name)
-            if state not in {"STARTING", "RUNNING"}:
-                raise PerchError(f"{program.name} ended while starting ({state}):\n{self.log_tail(program.name)}")
-            return _answers(program.health_url) if program.health_url else state == "RUNNING"
+            nonlocal first_pid
+            process = self._require_supervisor().supervisor.getProcessInfo(program.name)
+            first_pid = first_pid or process["pid"]
+            # The supervisor starts again what ends, so a new process id means that the first one ended.
+            if process["statename"] not in {"STARTING", "RUNNING"} or process["pid"] != first_pid:
+                raise PerchError(
+                    f"{program.name} ended while starting; the end of its log:\n{self.log_tail(program.name)}\n"
+                    f"  what to do: mend that, then `perch up` again"
+                )
+            return process["statename"] == "RUNNING" and (not program.health_url or _answers(program.health_url))
 
         if not _wait_until(ready, _START_LIMIT_S):
             raise TryLater(
@@ -204,10 +214,14 @@ class Stack:
         return {**os.environ, "PERCH_HOME": str(self.settings.home)}
 
     def _strays(self) -> Iterator[psutil.Process]:
+        """What of ours still runs: by its environment, or, where a server has written its title over it, its folder."""
         own = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
         for process in psutil.process_iter():
             try:
-                if process.pid not in own and process.environ().get("PERCH_HOME") == str(self.settings.home):
+                if process.pid not in own and (
+                    process.environ().get("PERCH_HOME") == str(self.settings.home)
+                    or process.cwd() == str(self.working_folder.resolve())
+                ):
                     yield process
             except psutil.Error:
                 continue
@@ -227,11 +241,12 @@ def _render_config(stack: Stack, programs: list[Program]) -> str:
         "supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface",
     ]
     for program in programs:
-        environment = ",".join(f'{key}="{value}"' for key, value in sorted(program.environment.items()))
+        environment = ",".join(f"{key}={_quote(value)}" for key, value in sorted(program.environment.items()))
         lines += [
             f"[program:{program.name}]",
-            f"command={' '.join(program.command)}",
+            f"command={shlex.join(program.command)}",
             f"environment={environment}",
+            f"directory={stack.working_folder}",
             "autostart=false",
             "autorestart=true",
             "startsecs=2",
@@ -246,6 +261,11 @@ def _render_config(stack: Stack, programs: list[Program]) -> str:
             "stdout_logfile_backups=2",
         ]
     return "\n".join(line.replace("%", "%%") for line in lines) + "\n"
+
+
+def _quote(value: str) -> str:
+    """A value as supervisord's own lexer reads it, which knows two kinds of quotes and no escapes."""
+    return f"'{value}'" if '"' in value else f'"{value}"'
 
 
 def choose_ports() -> Ports:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,8 @@ def processes_of(home: Path) -> list[str]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get("PERCH_HOME") == str(home):
+            # Some servers write their title over their environment: their folder tells, too.
+            if process.environ().get("PERCH_HOME") == str(home) or str(home) in process.cwd():
                 found.append(" ".join(process.cmdline()))
         except psutil.Error:
             continue
@@ -50,8 +52,12 @@ def test_services__up_twice_supervisor_killed_and_down__leave_no_process(tmp_pat
         os.kill(int((home / "services" / "supervisord.pid").read_text()), signal.SIGKILL)
         assert perch("status", home).returncode == 1
         assert processes_of(home)  # orphans
+        ports = stack.ports()
         assert stack.down()
         assert processes_of(home) == []
+        for port in (ports.mlflow, ports.airflow):
+            with socket.socket() as probe:
+                assert probe.connect_ex(("127.0.0.1", port)) != 0  # nobody answers there any more
         assert not stack.socket.exists()
     finally:
         perch("down", home)
