@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 EXIT_OK = 0
-EXIT_USAGE = 64
 EXIT_REFUSED = 65  # EX_DATAERR: the data, the model or a parameter was judged and found wanting
 EXIT_TRY_LATER = 75  # EX_TEMPFAIL: something outside was not there, or another process is at it
 
@@ -22,6 +21,7 @@ class PerchError(Exception):
         super().__init__(message)
         self.reports: dict[str, str] = {}
         self.links: dict[str, str] = {}
+        self.stage = ""
 
 
 class Refusal(PerchError):

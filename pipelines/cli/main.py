@@ -56,4 +56,5 @@ def main() -> None:
         print_error(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
+        typer.echo("interrupted; the same command with the same --run goes on from there", err=True)
         sys.exit(130)

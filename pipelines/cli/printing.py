@@ -10,5 +10,6 @@ from pipelines.errors import PerchError, Refusal
 def print_error(error: PerchError) -> None:
     """Print an error as it is, without a traceback, to the standard error stream."""
     console = Console(stderr=True, highlight=False)
-    console.print("refused:" if isinstance(error, Refusal) else "failed:", style="bold red", end=" ")
+    verb = "refused:" if isinstance(error, Refusal) else "failed:"
+    console.print(f"{error.stage} {verb}".lstrip(), style="bold red", end=" ")
     console.print(str(error), markup=False, soft_wrap=True)

@@ -6,6 +6,7 @@ import ast
 import json
 import pkgutil
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -96,9 +97,9 @@ def _command(name: str) -> Callable[..., None]:
         by: ByOption = "command line",
         as_json: JsonOption = False,
     ) -> None:
-        from pipelines.runs.locking import die_with_parent
+        from pipelines.runs.locking import die_with_parent_if_asked
 
-        die_with_parent()
+        die_with_parent_if_asked()
         if run is None:
             _run_bare(name, as_json=as_json)
         else:
@@ -129,14 +130,13 @@ def _run_bare(stage: str, *, as_json: bool) -> None:
 
 def _run_step(stage: str, run_id: str, overrides: dict[str, Any], as_of: str | None, by: str, *, as_json: bool) -> None:
     import time
-    from datetime import date
 
     from pipelines.errors import PerchError
     from pipelines.runs.pipeline import run_step
     from pipelines.settings import get_settings
 
     started = time.monotonic()
-    day = date.fromisoformat(as_of[:10]) if as_of else None
+    day = _parse_day(as_of)
     try:
         outcome = run_step(get_settings(), run_id, stage, overrides=overrides, as_of=day, requested_by=by)
     except PerchError as error:
@@ -150,6 +150,15 @@ def _run_step(stage: str, run_id: str, overrides: dict[str, Any], as_of: str | N
         for title, address in outcome["links"].items():
             typer.echo(f"  {title}: {address}")
         typer.echo(json.dumps(outcome))
+
+
+def _parse_day(text: str | None) -> date | None:
+    from pipelines.errors import Refusal
+
+    try:
+        return date.fromisoformat(text) if text else None
+    except ValueError:
+        raise Refusal("--as-of", repr(text), limit="a date", way_out="write it as 2026-11-01") from None
 
 
 def _describe(stage: str) -> str:

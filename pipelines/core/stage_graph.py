@@ -8,6 +8,8 @@ from pathlib import Path
 
 import yaml
 
+from pipelines.errors import Refusal
+
 
 @dataclass(frozen=True)
 class StageNode:
@@ -28,8 +30,15 @@ def read_stage_graph(file: Path) -> list[StageNode]:
     """The stages of a `dvc.yaml` in an order in which they can run; the file's order where the graph leaves a choice.
 
     Raises:
+        Refusal: there is no such file.
         graphlib.CycleError: the stages wait for each other.
     """
+    if not file.is_file():
+        raise Refusal(
+            f"the stage graph {file}",
+            "not found",
+            way_out="start Perch in the folder of dvc.yaml and params.yaml, or set PERCH_PROJECT_DIR",
+        )
     stages = yaml.safe_load(file.read_text(encoding="utf-8"))["stages"]
     producers = {
         next(iter(out)) if isinstance(out, dict) else out: name

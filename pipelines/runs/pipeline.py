@@ -11,7 +11,7 @@ from pipelines.core.stage_graph import read_stage_graph
 from pipelines.core.workspace import Workspace
 from pipelines.errors import PerchError, TryLater
 from pipelines.params import load_params
-from pipelines.runs.stages import run_in_workspace
+from pipelines.runs.stages import run_in_workspace, run_lock
 from pipelines.runs.workspaces import open_workspace
 from pipelines.settings import Settings
 
@@ -39,22 +39,25 @@ def run_step(
         The stage's result, with `links`: title to address, where MLflow has a web address.
 
     Raises:
+        TryLater: another process is at work on the run.
         PerchError: the stage refused or failed; its reports are recorded all the same, and its `links` lead there.
     """
     workspace = open_workspace(settings, run_id, overrides, requested_by=requested_by, as_of=as_of)
     params = load_params(workspace.params_file)
     from pipelines.registry.tracking import ensure_run, publish_stage
 
-    mlflow_run_id = ensure_run(settings, params, workspace)
-    try:
-        result = run_in_workspace(settings, workspace, stage, mlflow_run_id=mlflow_run_id)
-    except PerchError as error:
-        with suppress(TryLater):  # what the stage said matters more than that MLflow is away, too
-            publish_stage(settings, params, workspace, stage, mlflow_run_id)
-            error.links = links(settings, workspace, stage, mlflow_run_id, error.reports)
-        raise
-    publish_stage(settings, params, workspace, stage, mlflow_run_id)
-    return {**result, "links": links(settings, workspace, stage, mlflow_run_id, result["reports"])}
+    with run_lock(workspace):
+        mlflow_run_id = ensure_run(settings, params, workspace)
+        try:
+            result = run_in_workspace(settings, workspace, stage, mlflow_run_id=mlflow_run_id)
+        except PerchError as error:
+            error.stage = stage
+            with suppress(TryLater):  # what the stage said matters more than that MLflow is away, too
+                publish_stage(settings, params, workspace, stage, mlflow_run_id)
+                error.links = links(settings, workspace, stage, mlflow_run_id, error.reports)
+            raise
+        publish_stage(settings, params, workspace, stage, mlflow_run_id)
+        return {**result, "links": links(settings, workspace, stage, mlflow_run_id, result["reports"])}
 
 
 def links(

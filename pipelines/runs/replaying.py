@@ -18,7 +18,7 @@ from rich.table import Table
 from pipelines.core.stage_graph import read_stage_graph
 from pipelines.core.workspace import Workspace
 from pipelines.errors import PerchError, Refusal
-from pipelines.runs.stages import read_result, run_in_workspace
+from pipelines.runs.stages import read_result, run_in_workspace, run_lock
 from pipelines.runs.workspaces import recorded_packages, workspace_of, write_dvc_config
 from pipelines.settings import Settings
 
@@ -83,7 +83,8 @@ def replay_run(settings: Settings, run_id: str, *, from_cache: bool, report: Cal
         write_dvc_config(replay, settings)
         stages = [node.name for node in read_stage_graph(replay.root / "dvc.yaml")]
         for stage in stages:
-            run_in_workspace(settings, replay, stage, use_run_cache=from_cache)
+            with run_lock(replay):
+                run_in_workspace(settings, replay, stage, use_run_cache=from_cache)
             report(f"  {stage:<20}  {read_result(replay, stage)['summary']}")
         comparison = _compare(recording, replay)
         shutil.rmtree(replay.root)

@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,27 +52,35 @@ def run_bare(stage: str, workspace: Workspace) -> StageResult:
         return result
 
 
+def run_lock(workspace: Workspace) -> AbstractContextManager[None]:
+    """One process at a time works on a run.
+
+    Raises:
+        TryLater: another was at it for too long.
+    """
+    return hold(workspace.root / ".run.lock", wait_s=_LOCK_WAIT_S)
+
+
 def run_in_workspace(
     settings: Settings, workspace: Workspace, stage: str, *, mlflow_run_id: str = "", use_run_cache: bool = True
 ) -> dict[str, Any]:
     """Run one stage of a run in a process of its own and return its result.
 
-    A stage of `dvc.yaml` goes through DVC, which skips what did not change and restores what any run has done
-    before.  Other stages have side effects and run each time.
+    The caller holds `run_lock`.  A stage of `dvc.yaml` goes through DVC, which skips what did not change and restores
+    what any run has done before.  Other stages have side effects and run each time.
 
     Raises:
         Refusal: the stage refused.
-        TryLater: the stage asked for another try, or another process is at work in the workspace.
+        TryLater: the stage asked for another try.
         PerchError: the stage's process ended in another way; its own log says how.
     """
-    with hold(workspace.root / ".run.lock", wait_s=_LOCK_WAIT_S):
-        workspace.refusal_file(stage).unlink(missing_ok=True)
-        if stage in {node.name for node in read_stage_graph(workspace.root / "dvc.yaml")}:
-            command = [_tool("dvc"), "repro", "--quiet", "--single-item", stage]
-            command += [] if use_run_cache else ["--no-run-cache"]
-        else:
-            command = [sys.executable, "-m", "pipelines", stage]
-        code = _run_process(command, workspace, settings, mlflow_run_id)
+    workspace.refusal_file(stage).unlink(missing_ok=True)
+    if stage in {node.name for node in read_stage_graph(workspace.root / "dvc.yaml")}:
+        command = [_tool("dvc"), "repro", "--quiet", "--single-item", stage]
+        command += [] if use_run_cache else ["--no-run-cache"]
+    else:
+        command = [sys.executable, "-m", "pipelines", stage]
+    code = _run_process(command, workspace, settings, mlflow_run_id)
     if code == 0:
         return read_result(workspace, stage)
     raise _read_refusal(workspace, stage) or PerchError(
@@ -114,7 +122,10 @@ def _run_process(command: list[str], workspace: Workspace, settings: Settings, m
     try:
         return process.wait()
     except KeyboardInterrupt:
-        return process.wait()  # the terminal has sent the child its own Ctrl-C
+        # DVC ignores Ctrl-C while a stage runs, and a stage may be where it cannot hear it.
+        process.terminate()
+        process.wait()
+        raise
     finally:
         signal.signal(signal.SIGTERM, previous)
         if process.poll() is None:

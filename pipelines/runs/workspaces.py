@@ -73,7 +73,15 @@ def open_workspace(
     workspace = workspace_of(settings, run_id)
     overrides = dict(sorted(overrides.items()))
     if workspace.run_file.is_file():
-        recorded = json.loads(workspace.run_file.read_text(encoding="utf-8"))["overrides"]
+        record = json.loads(workspace.run_file.read_text(encoding="utf-8"))
+        if record["run_id"] != run_id:
+            raise Refusal(
+                f"run {run_id}",
+                f"would share the folder {workspace.root.name} with run {record['run_id']}",
+                limit="names that differ in letters, digits, dots, dashes or underscores",
+                way_out="choose another name",
+            )
+        recorded = record["overrides"]
         if overrides and recorded != json.loads(json.dumps(overrides, default=str)):
             raise Refusal(
                 f"run {run_id}",

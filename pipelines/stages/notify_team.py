@@ -31,4 +31,10 @@ def run(params: Params, workspace: Workspace) -> NotifyTeamResult:
         f"model card: {card or workspace.evaluation / 'model_card.html'}",
     ]
     delivered = send_notice(f"{params.model_name}: version {registration['version']} is a candidate", "\n".join(lines))
-    return NotifyTeamResult(summary="sent" if delivered else "not delivered to all", delivered=delivered)
+    return NotifyTeamResult(summary=_summarise(delivered, logged=not settings.notice_urls), delivered=delivered)
+
+
+def _summarise(delivered: bool, *, logged: bool) -> str:
+    if logged:
+        return "logged, for PERCH_NOTICE_URLS is empty"
+    return "sent" if delivered else "not delivered to all"

@@ -95,7 +95,7 @@ def test_params_schema__every_key__has_limits_that_a_form_understands() -> None:
 def test_stage_graph__every_stage__has_a_module_and_calls_its_subcommand() -> None:
     assert set(STAGES) <= STAGE_MODULES
     assert {name: stage["cmd"] for name, stage in STAGES.items()} == {
-        name: f"python -m pipelines {name}" for name in STAGES
+        name: f"exec python -m pipelines {name}" for name in STAGES
     }
 
 

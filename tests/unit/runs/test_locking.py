@@ -26,8 +26,9 @@ with hold(Path(sys.argv[1]), wait_s=0):
 # A parent that starts a child which asked to die with it.
 PARENT = """
 import os, subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", "import time; from pipelines.runs.locking import die_with_parent; "
-                          "die_with_parent(); print('ready', flush=True); time.sleep(60)"],
+child = subprocess.Popen([sys.executable, "-c", "import time; "
+                          "from pipelines.runs.locking import die_with_parent_if_asked; "
+                          "die_with_parent_if_asked(); print('ready', flush=True); time.sleep(60)"],
                          env={**os.environ, **dict(pair.split("=") for pair in sys.argv[1:])}, stdout=subprocess.PIPE)
 child.stdout.readline()
 print(child.pid, flush=True)
@@ -57,7 +58,7 @@ def test_hold__holder_killed__is_free_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's parent-death signal is Linux's own")
 @pytest.mark.parametrize(("variables", "survives"), [(["PERCH_DIE_WITH_PARENT=1"], False), ([], True)])
-def test_die_with_parent__parent_killed__ends_only_a_process_that_was_asked_to(
+def test_die_with_parent_if_asked__parent_killed__ends_only_a_process_that_was_asked_to(
     variables: list[str], survives: bool
 ) -> None:
     with subprocess.Popen([sys.executable, "-c", PARENT, *variables], stdout=subprocess.PIPE) as parent:
