@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Installs the Debian packages that Perch and its tests need; what is there already is left alone.
-# PostgreSQL is for the tests of the ledger on a real server; Chromium for the tests that look at pages.
+# PostgreSQL is for the tests of the ledger on a real server; Chromium for the tests that look at pages; Prometheus for
+# promtool, which checks the alert rules; wrk for the load of the serving benchmark.
 set -euo pipefail
 
-packages=(git make python3 python3-venv postgresql chromium)
+packages=(git make python3 python3-venv postgresql chromium prometheus wrk)
 
 missing=()
 for package in "${packages[@]}"; do
