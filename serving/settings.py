@@ -1,0 +1,62 @@
+"""The service's environment: limits, credentials and where things go; `PERCH_SERVING_` and the field's name."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MIB = 2**20
+
+
+class ServingSettings(BaseSettings):
+    """What a service process is started with; the defaults suit one machine."""
+
+    model_config = SettingsConfigDict(env_prefix="PERCH_SERVING_", frozen=True, extra="ignore", env_ignore_empty=True)
+
+    workers: int = Field(0, ge=0, description="Worker processes; 0 takes one per core.")
+
+    max_body_bytes: int = Field(10 * MIB, gt=0, description="Most bytes of one image or of a feedback's body.")
+    max_batch_bytes: int = Field(64 * MIB, gt=0, description="Most bytes of a batch's body.")
+    max_batch_items: int = Field(64, gt=0, description="Most images in one batch.")
+    max_pixels: int = Field(25_000_000, gt=0, description="Largest width times height of an image.")
+    request_timeout_s: float = Field(
+        10.0, gt=0, description="Seconds for a request to arrive, and again to be answered."
+    )
+    max_concurrent: int = Field(64, gt=0, description="Requests that one worker handles at once; more get 503.")
+    explain_budget_s: float = Field(2.0, gt=0, description="Seconds that an explanation may compute.")
+
+    authentication: str = Field(
+        "required", pattern="^(required|off)$", description="`off` lets everybody in: for a test on one machine."
+    )
+    api_keys_file: Path | None = Field(None, description="JSON file of API keys' hashes, scopes and rates.")
+    jwt_issuer: str = Field("", description="Issuer whose tokens are taken; empty takes none.")
+    jwt_audience: str = Field("", description="Audience that a token must name.")
+    jwt_jwks: str = Field(
+        "", description="URL or file of the issuer's keys; empty asks the issuer's discovery document."
+    )
+    jwt_rate_per_s: float = Field(50.0, gt=0, description="Requests per second for each subject of a token.")
+
+    predictions_url: str = Field(
+        "", description="Folder or s3://bucket/prefix that keeps predictions; empty keeps none."
+    )
+    spool_dir: Path = Field(Path("spool"), description="Local folder where predictions wait to be shipped.")
+    spool_max_bytes: int = Field(1024 * MIB, gt=0, description="Most bytes that wait there; older ones give way.")
+    flush_rows: int = Field(5_000, gt=0, description="Predictions that are shipped together at most.")
+    flush_interval_s: float = Field(60.0, gt=0, description="Seconds after which they are shipped, however few.")
+
+    metrics_port: int = Field(
+        0,
+        ge=0,
+        le=65535,
+        description="Port of /metrics alone; 0 serves it beside the API, to keys with the scope `metrics`.",
+    )
+    log_requests: bool = Field(True, description="One JSON line per request; errors are logged in any case.")
+
+
+@cache
+def get_serving_settings() -> ServingSettings:
+    """The settings of this process, read once, at the first call."""
+    return ServingSettings()
