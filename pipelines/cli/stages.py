@@ -66,7 +66,7 @@ def parse_overrides(pairs: list[str] | None, conf: str) -> dict[str, Any]:
     """Merge `--set key=value` pairs (YAML values) over `--conf` (a JSON object).
 
     Raises:
-        Refusal: a pair has no `=`, or the JSON is not an object.
+        Refusal: a pair has no `=`, its value is no YAML, or the JSON is not an object.
     """
     import yaml
 
@@ -84,7 +84,16 @@ def parse_overrides(pairs: list[str] | None, conf: str) -> dict[str, Any]:
         key, separator, value = pair.partition("=")
         if not separator:
             raise Refusal("--set", pair, limit="KEY=VALUE", way_out="e.g. --set model_training.epochs=3")
-        overrides[key.strip()] = yaml.safe_load(value)
+        try:
+            overrides[key.strip()] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError) as error:  # a date such as 2026-13-01 is a ValueError
+            reason = str(getattr(error, "problem", None) or error)
+            raise Refusal(
+                f"--set {key.strip()}",
+                f"the value {value!r} cannot be read: {reason}",
+                limit="one YAML value",
+                way_out="quote it where it holds a bracket or a colon",
+            ) from None
     return overrides
 
 

@@ -71,7 +71,8 @@ def open_workspace(
         Refusal: a parameter is bad, or the run exists with other overrides.
     """
     workspace = workspace_of(settings, run_id)
-    overrides = dict(sorted(overrides.items()))
+    # As JSON keeps them, from the start: YAML reads a date as a date, and the run's record is JSON.
+    overrides = json.loads(json.dumps(dict(sorted(overrides.items())), default=str))
     if workspace.run_file.is_file():
         record = json.loads(workspace.run_file.read_text(encoding="utf-8"))
         if record["run_id"] != run_id:
@@ -82,7 +83,7 @@ def open_workspace(
                 way_out="choose another name",
             )
         recorded = record["overrides"]
-        if overrides and recorded != json.loads(json.dumps(overrides, default=str)):
+        if overrides and recorded != overrides:
             raise Refusal(
                 f"run {run_id}",
                 f"exists with overrides {recorded}, asked for {overrides}",

@@ -53,6 +53,15 @@ def test_open_workspace__same_run_other_overrides__is_refused(settings: Settings
         open_workspace(settings, "r1", {"seed": 2})
 
 
+def test_open_workspace__override_that_yaml_reads_as_a_date__is_recorded_and_recognised(settings: Settings) -> None:
+    workspace = open_workspace(settings, "r1", {"data_ingestion.as_of": date(2026, 11, 8)})
+    record = json.loads(workspace.run_file.read_text())
+    assert record["overrides"] == {"data_ingestion.as_of": "2026-11-08"}
+    assert yaml.safe_load(workspace.params_file.read_text())["data_ingestion"]["as_of"] == "2026-11-08"
+    for same in (date(2026, 11, 8), "2026-11-08"):
+        assert open_workspace(settings, "r1", {"data_ingestion.as_of": same}) == workspace
+
+
 def test_open_workspace__bad_override__leaves_nothing_behind(settings: Settings) -> None:
     with pytest.raises(Refusal, match=r"model_training\.epochs: value 0"):
         open_workspace(settings, "r1", {"model_training.epochs": 0})
