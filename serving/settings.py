@@ -6,22 +6,19 @@ from functools import cache
 from pathlib import Path
 
 from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from pipelines.core.image_limits import ImageLimits
 
 MIB = 2**20
 
 
-class ServingSettings(BaseSettings):
-    """What a service process is started with; the defaults suit one machine."""
-
-    model_config = SettingsConfigDict(env_prefix="PERCH_SERVING_", frozen=True, extra="ignore", env_ignore_empty=True)
+class ServingSettings(ImageLimits):
+    """What a service process is started with, `ImageLimits` among it; the defaults suit one machine."""
 
     workers: int = Field(0, ge=0, description="Worker processes; 0 takes one per core.")
 
-    max_body_bytes: int = Field(10 * MIB, gt=0, description="Most bytes of one image or of a feedback's body.")
     max_batch_bytes: int = Field(64 * MIB, gt=0, description="Most bytes of a batch's body.")
     max_batch_items: int = Field(64, gt=0, description="Most images in one batch.")
-    max_pixels: int = Field(25_000_000, gt=0, description="Largest width times height of an image.")
     request_timeout_s: float = Field(
         10.0, gt=0, description="Seconds for a request to arrive, and again to be answered."
     )
