@@ -7,7 +7,7 @@ once.  Where the file lies, and what a run overrides in it, is the business of `
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from datetime import date
 from difflib import get_close_matches
 from pathlib import Path
@@ -19,7 +19,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pipelines.errors import Refusal
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Name = Annotated[str, Field(pattern=r"^[a-z0-9]+(?:[-_][a-z0-9]+)*$", max_length=100)]
+_NAME_PATTERN = r"^[a-z0-9]+(?:[-_][a-z0-9]+)*$"
+_SHA256_PATTERN = r"^[0-9a-f]{64}$"
+Name = Annotated[str, Field(pattern=_NAME_PATTERN, max_length=100)]
+NAME_IN_WORDS = "small letters and digits, with single - or _ between them"
+# What a pattern asks for, for readers of errors and of the reference page.
+PATTERNS_IN_WORDS = {_NAME_PATTERN: NAME_IN_WORDS, _SHA256_PATTERN: "64 hexadecimal digits in small letters"}
 
 
 def _parse_date(value: object) -> object:
@@ -58,7 +63,7 @@ class DataIngestionParams(Section):
     source: str = Field(
         "digits", min_length=1, description="`digits`, a folder, a table, an .npz, or its http(s):// or s3:// address."
     )
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = Field(
+    sha256: Annotated[str, Field(pattern=_SHA256_PATTERN)] | None = Field(
         None, description="Expected SHA-256 of an .npz that is fetched from an address."
     )
     table: TableParams = TableParams()
@@ -251,8 +256,13 @@ def load_params(path: Path) -> Params:
     return check_params(tree, name=str(path))
 
 
-def check_params(tree: object, *, name: str = "params.yaml") -> Params:
+def check_params(tree: object, *, name: str = "params.yaml", own: Collection[str] = ()) -> Params:
     """Turn a parsed parameter tree into `Params`, or refuse it with every mistake named.
+
+    Args:
+        tree: what the file holds, with a run's own values in it.
+        name: of the file, for the message.
+        own: dotted keys whose value is the run's own (`--set`, `--conf`, the trigger form) and not the file's.
 
     Raises:
         Refusal: one line per mistake, each with the key's path, its value and the limit.
@@ -260,10 +270,18 @@ def check_params(tree: object, *, name: str = "params.yaml") -> Params:
     try:
         return Params.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(dict(detail)) for detail in error.errors(include_url=False)]
-        raise Refusal(
-            name, "\n  " + "\n  ".join(lines), way_out="`perch params --schema` lists every key with its limits"
-        ) from None
+        mistakes = [(_path(detail), _explain(dict(detail))) for detail in error.errors(include_url=False)]
+    are_own = [
+        any(f"{path}.".startswith(f"{key}.") or key.startswith(f"{path}.") for key in own) for path, _ in mistakes
+    ]
+    if all(are_own):
+        name = "the run's own values (--set, --conf or the trigger form)"
+    mark = any(are_own) and not all(are_own)
+    lines = [
+        line + (" (the run's own value, not the file's)" if mark and is_own else "")
+        for (_, line), is_own in zip(mistakes, are_own, strict=True)
+    ]
+    raise Refusal(name, "\n  " + "\n  ".join(lines), way_out="`perch params --schema` lists every key with its limits")
 
 
 def override(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -282,18 +300,41 @@ def override(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str,
     return result
 
 
+def _path(detail: Mapping[str, Any]) -> str:
+    return ".".join(str(part) for part in detail["loc"])
+
+
 def _explain(detail: dict[str, Any]) -> str:
     """One mistake as `path: value …, limit …`, with the nearest known key for a misspelt one."""
-    location = tuple(str(part) for part in detail["loc"])
-    path = ".".join(location)
+    path = _path(detail)
     if detail["type"] == "extra_forbidden":
-        model: type[BaseModel] | None = Params
-        for part in location[:-1]:
-            annotation = model.model_fields[part].annotation if model and part in model.model_fields else None
-            model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
-        near = get_close_matches(location[-1], list(model.model_fields) if model else [], n=1)
-        return f"{path}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
+        near = _nearest_key(tuple(str(part) for part in detail["loc"]))
+        return f"{path}: unknown key" + (f"; did you mean {near}?" if near else "")
     if detail["type"] == "missing":
         return f"{path}: missing"
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if detail["type"] == "string_pattern_mismatch":
+        pattern = detail["ctx"]["pattern"]
+        message = f"should be {PATTERNS_IN_WORDS.get(pattern, f'text that matches {pattern}')}"
     return f"{path}: value {detail['input']!r} {message}"
+
+
+def _nearest_key(location: tuple[str, ...]) -> str:
+    """The known key most like an unknown one: beside it first, then anywhere; empty where none is alike."""
+    section = "".join(f"{part}." for part in location[:-1])
+    places: dict[str, list[str]] = {}  # a key's last part to the whole keys that end in it
+    for key in _dotted_keys(Params):
+        places.setdefault(key.rpartition(".")[2], []).append(key)
+    beside = [name for name, keys in places.items() if section + name in keys]
+    if near := get_close_matches(location[-1], beside, n=1):
+        return section + near[0]
+    near = get_close_matches(location[-1], places, n=1, cutoff=0.8)
+    return " or ".join(places[near[0]]) if near else ""
+
+
+def _dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every key of the tree with its whole path, sections included."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _dotted_keys(field.annotation, f"{prefix}{name}.")

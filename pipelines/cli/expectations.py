@@ -33,7 +33,7 @@ def init(
     from pydantic import TypeAdapter, ValidationError
 
     from pipelines.errors import Refusal
-    from pipelines.params import Name, load_params
+    from pipelines.params import NAME_IN_WORDS, Name, load_params
     from pipelines.settings import get_settings
 
     settings = get_settings()
@@ -43,7 +43,7 @@ def init(
         raise Refusal(
             "the data set's name",
             repr(dataset),
-            limit="small letters, digits, and single - or _ between them",
+            limit=NAME_IN_WORDS,
             way_out="use the name that stands under `dataset` in params.yaml",
         ) from None
     folder = settings.project_dir / "expectations" / dataset

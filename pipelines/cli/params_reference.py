@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pipelines.params import Params
+from pipelines.params import PATTERNS_IN_WORDS, Params
 
 Schema = Mapping[str, Any]
 
@@ -67,7 +67,7 @@ def _limits(prop: Schema) -> str:
         return f"list of {_range(prop, 'minItems', 'maxItems')}, each {_limits(prop['items'])}"
     if prop["type"] == "string":
         longest = f" of at most {prop['maxLength']} characters" if "maxLength" in prop else ""
-        pattern = f", matching `{prop['pattern']}`" if "pattern" in prop else ""
+        pattern = f": {PATTERNS_IN_WORDS[prop['pattern']]}" if "pattern" in prop else ""
         return "text" + longest + (", not empty" if prop.get("minLength") == 1 else "") + pattern
     bounds = _range(prop, "minimum", "maximum")
     return f"{prop['type']}, {bounds}" if bounds else str(prop["type"])

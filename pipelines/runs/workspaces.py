@@ -133,8 +133,7 @@ def resolve_params(settings: Settings, overrides: Mapping[str, Any], *, as_of: d
         tree = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise Refusal(f"the parameter file {file}", f"is not YAML: {error}", way_out="mend the line it names") from None
-    name = f"{file} with the run's own values of {', '.join(overrides)}" if overrides else str(file)
-    params = check_params(override(tree if isinstance(tree, dict) else {}, overrides), name=name)
+    params = check_params(override(tree if isinstance(tree, dict) else {}, overrides), name=str(file), own=overrides)
     if params.data_ingestion.as_of is not None:
         return params
     date_ = as_of or datetime.now(UTC).date()

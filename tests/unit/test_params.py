@@ -28,14 +28,22 @@ def tree() -> dict[str, Any]:
         ("model_training.epochs", 0, r"model_training\.epochs: value 0 should be greater than or equal to 1"),
         ("model_training.epochs", "ten", r"model_training\.epochs: value 'ten'"),
         ("model_training.epochs", 3.0, r"model_training\.epochs: value 3\.0"),
-        ("model_training.lerning_rate", 1, r"model_training\.lerning_rate: unknown key; did you mean learning_rate\?"),
+        (
+            "model_training.lerning_rate",
+            1,
+            r"model_training\.lerning_rate: unknown key; did you mean model_training\.learning_rate\?",
+        ),
+        ("epochs", 1, r"epochs: unknown key; did you mean model_training\.epochs\?"),
+        ("data_ingestion.size_px", 64, r"unknown key; did you mean data_preprocessing\.size_px\?"),
+        ("data_preprocessing.zzz", 64, r"data_preprocessing\.zzz: unknown key\n"),
         ("trainning", {}, r"trainning: unknown key"),
         ("data_preprocessing.channels", 2, r"data_preprocessing\.channels: value 2 should be 1 or 3"),
         ("data_preprocessing.val_share", 0.4, r"leave a test split"),
         ("data_ingestion.as_of", "2026-13-01", r"data_ingestion\.as_of: value '2026-13-01'"),
         ("data_ingestion.group_pattern", "person", r"group_pattern: value 'person' needs one group"),
         ("data_ingestion.group_pattern", "(", r"is no regular expression"),
-        ("dataset", "My Data", r"dataset: value 'My Data'"),
+        ("dataset", "My Data", r"dataset: value 'My Data' should be small letters and digits, with single - or _"),
+        ("data_ingestion.sha256", "ABC", r"sha256: value 'ABC' should be 64 hexadecimal digits"),
         ("model_evaluation.min_accuracy", float("nan"), r"min_accuracy: value nan"),
     ],
 )
@@ -51,6 +59,32 @@ def test_check_params__several_mistakes__names_them_all(tree: dict[str, Any]) ->
         check_params(override(tree, {"seed": -1, "model_training.batch_size": 0}))
     assert "seed: value -1" in str(caught.value)
     assert "model_training.batch_size: value 0" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("own", "named", "unnamed"),
+    [
+        ([], "my.yaml: ", "own value"),
+        (
+            ["seed", "model_training.batch_size"],
+            "the run's own values (--set, --conf or the trigger form): ",
+            "my.yaml",
+        ),
+        (
+            ["seed"],
+            "seed: value -1 should be greater than or equal to 0 (the run's own value, not the file's)",
+            "--set",
+        ),
+    ],
+)
+def test_check_params__mistake_in_a_runs_own_value__does_not_blame_the_file(
+    tree: dict[str, Any], own: list[str], named: str, unnamed: str
+) -> None:
+    with pytest.raises(Refusal) as caught:
+        check_params(override(tree, {"seed": -1, "model_training.batch_size": 0}), name="my.yaml", own=own)
+    assert named in str(caught.value)
+    assert unnamed not in str(caught.value)
+    assert str(caught.value).count("own value, ") <= 1
 
 
 def test_check_params__whole_number_for_a_fraction__is_taken(tree: dict[str, Any]) -> None:
