@@ -17,15 +17,15 @@ def add_commands(app: typer.Typer) -> None:
 
 @runs_app.callback()
 def list_all(context: typer.Context) -> None:
-    """List the runs on this machine, newest last, with what each changed against params.yaml."""
+    """List the runs on this machine by data set and model, newest last, with what changed since the run before."""
     if context.invoked_subcommand is not None:
         return
     from rich.console import Console
 
-    from pipelines.runs.history import runs_table
+    from pipelines.runs.history import runs_list
     from pipelines.settings import get_settings
 
-    Console().print(runs_table(get_settings()))
+    Console(highlight=False).print(runs_list(get_settings()))
 
 
 @runs_app.command("prune")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
-from rich.table import Table
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.text import Text
 
 from pipelines.core.workspace import Workspace
+from pipelines.errors import EXIT_REFUSED
 from pipelines.runs.locking import hold
 from pipelines.runs.pipeline import pipeline_steps
 from pipelines.runs.workspaces import find_workspace, list_runs
@@ -24,7 +27,7 @@ class RunRecord:
 
     Attributes:
         params: the flat parameters, dotted key to value.
-        summaries: stage to the line it ended with.
+        status: how far it came, in words: `registered as v3`, `data_validation refused`, `data_ingestion done`.
         accuracy: test accuracy with its interval, or None before evaluation.
     """
 
@@ -32,12 +35,22 @@ class RunRecord:
     created: str
     git_sha: str
     params: dict[str, Any]
-    summaries: dict[str, str]
+    status: str
     accuracy: tuple[float, float, float] | None
 
+    @property
+    def subject(self) -> str:
+        """What the run is about: only runs of one data set and one model can be compared."""
+        return f"{self.params['dataset']} · {self.params['model_name']}"
 
-def read_run(workspace: Workspace) -> RunRecord:
-    """Read a run's record from its workspace."""
+
+def read_run(workspace: Workspace, steps: Sequence[str]) -> RunRecord:
+    """Read a run's record from its workspace.
+
+    Args:
+        workspace: of the run.
+        steps: every step of a run, in order.
+    """
     run = json.loads(workspace.run_file.read_text(encoding="utf-8"))
     results = {
         file.stem: json.loads(file.read_text(encoding="utf-8"))
@@ -50,7 +63,7 @@ def read_run(workspace: Workspace) -> RunRecord:
         created=run["created"],
         git_sha=run["git_sha"],
         params=flatten(yaml.safe_load(workspace.params_file.read_text(encoding="utf-8"))),
-        summaries={stage: result["summary"] for stage, result in results.items()},
+        status=_status(workspace, steps, results),
         accuracy=(metrics[names[0]], metrics[names[1]], metrics[names[2]]) if metrics else None,
     )
 
@@ -66,27 +79,22 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def runs_table(settings: Settings) -> Table:
-    """Runs, oldest first, each with what changed since the one before it."""
-    table = Table(
-        "run", "created (UTC)", "code", "test accuracy", "last step", "changed since the run before", box=None
-    )
+def runs_list(settings: Settings) -> RenderableType:
+    """Runs by data set and model, oldest first, each with what changed since the one before it.
+
+    A list and not a table: run ids, changed keys and their values are long, and a terminal may be 80 columns wide.
+    """
     steps = pipeline_steps(settings)
-    before: RunRecord | None = None
+    subjects: dict[str, list[RunRecord]] = {}
     for run_id in list_runs(settings):
-        record = read_run(find_workspace(settings, run_id))
-        accuracy = "{:.3f} \\[{:.3f}, {:.3f}]".format(*record.accuracy) if record.accuracy else ""
-        last = max((step for step in steps if step in record.summaries), key=steps.index, default="opened")
-        table.add_row(
-            record.run_id,
-            record.created[:16].replace("T", " "),
-            record.git_sha[:7],
-            accuracy,
-            last,
-            _changes(before, record),
-        )
-        before = record
-    return table
+        record = read_run(find_workspace(settings, run_id), steps)
+        subjects.setdefault(record.subject, []).append(record)
+    lines: list[RenderableType] = []
+    for subject, records in sorted(subjects.items(), key=lambda item: item[1][-1].created):
+        lines += [*([Text()] if lines else []), Text(subject, "bold")]
+        for before, record in zip([None, *records], records, strict=False):
+            lines += _describe(before, record)
+    return Group(*lines or [Text("no runs here; `perch run` makes one")])
 
 
 def prune_workspaces(settings: Settings, keep: int) -> list[str]:
@@ -103,9 +111,32 @@ def prune_workspaces(settings: Settings, keep: int) -> list[str]:
     return removed
 
 
-def _changes(before: RunRecord | None, record: RunRecord) -> str:
-    if before is None:
-        return ""
+def _status(workspace: Workspace, steps: Sequence[str], results: Mapping[str, Any]) -> str:
+    """A refusal stands until its step is tried again, so it says more than what was done before it."""
+    for step in reversed(steps):
+        if workspace.refusal_file(step).is_file():
+            refusal = json.loads(workspace.refusal_file(step).read_text(encoding="utf-8"))
+            return f"{step} {'refused' if refusal['exit_code'] == EXIT_REFUSED else 'failed, and may work later'}"
+    if "model_registration" in results:
+        return f"registered as v{results['model_registration']['version']}"
+    done = [step for step in steps if step in results]
+    return f"{done[-1]} done" if done else "opened, no step done"
+
+
+def _describe(before: RunRecord | None, record: RunRecord) -> list[RenderableType]:
+    created = record.created[:16].replace("T", " ")
+    outcome = Text(record.status, "red" if record.status.endswith("refused") else "")
+    if record.accuracy:
+        outcome.append(" · test accuracy {:.3f} [{:.3f}, {:.3f}]".format(*record.accuracy), "default")
+    changes = "" if before is None else f"changed since {before.run_id}: {_changes(before, record)}"
+    return [
+        Padding(Text(f"{record.run_id}  {created} UTC  code {record.git_sha[:7]}"), (0, 0, 0, 2), expand=False),
+        Padding(outcome, (0, 0, 0, 6), expand=False),
+        *([Padding(Text(changes, "dim"), (0, 0, 0, 6), expand=False)] if changes else []),
+    ]
+
+
+def _changes(before: RunRecord, record: RunRecord) -> str:
     keys = sorted(before.params.keys() | record.params.keys())
     changes = [
         f"{key} {before.params.get(key)} → {record.params.get(key)}"
