@@ -23,6 +23,10 @@ class ServingSettings(ImageLimits):
         10.0, gt=0, description="Seconds for a request to arrive, and again to be answered."
     )
     max_concurrent: int = Field(64, gt=0, description="Requests that one worker handles at once; more get 503.")
+    max_buffered_bytes: int = Field(256 * MIB, gt=0, description="Most bytes of bodies that one worker holds at once.")
+    model_threads: int = Field(
+        1, gt=0, description="Threads of one call to the model; 1 is best with a worker per core."
+    )
     explain_budget_s: float = Field(2.0, gt=0, description="Seconds that an explanation may compute.")
 
     authentication: str = Field(
@@ -35,6 +39,9 @@ class ServingSettings(ImageLimits):
         "", description="URL or file of the issuer's keys; empty asks the issuer's discovery document."
     )
     jwt_rate_per_s: float = Field(50.0, gt=0, description="Requests per second for each subject of a token.")
+    rate_limits_dir: Path | None = Field(
+        None, description="Local folder where workers share the rates; empty takes BentoML's for their metrics."
+    )
 
     predictions_url: str = Field(
         "", description="Folder or s3://bucket/prefix that keeps predictions; empty keeps none."

@@ -1,0 +1,207 @@
+"""From an image's bytes to probabilities: at once where that is quick, else on a thread, with a bound on the wait.
+
+A small image and a small network take less time than handing work to a thread and back, so they are done in the event
+loop; whatever may take longer is not, for every other client of the worker would wait for it.  The model's speed is
+measured at the warm-up, the image's cost judged from its header.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.core.image_decoding import DecodingError, Reason, decode_image, decoding_floor_px, to_model_input
+from serving.predictor import Predictor, Probabilities
+from serving.problems import (
+    BAD_REQUEST,
+    OUT_OF_TIME,
+    OVERLOADED,
+    TOO_LARGE,
+    TOO_MANY_PIXELS,
+    UNREADABLE_IMAGE,
+    UNSUPPORTED_MEDIA,
+    Problem,
+)
+
+T = TypeVar("T")
+
+QUICK_MODEL_S = 0.002  # a model that answers sooner is asked in the event loop
+_QUICK_PNG_BYTES, _QUICK_PNG_PIXELS = 2**18, 2**18  # decoded in about 2 ms
+_QUICK_JPEG_BYTES = 2**14  # cannot hold enough blocks to take longer
+_MANY_IMAGES_AT_ONCE = 8
+
+_PROBLEMS = {
+    Reason.EMPTY: BAD_REQUEST,
+    Reason.NOT_AN_IMAGE: UNSUPPORTED_MEDIA,
+    Reason.TOO_MANY_BYTES: TOO_LARGE,
+    Reason.TOO_MANY_PIXELS: TOO_MANY_PIXELS,
+    Reason.CORRUPT: UNREADABLE_IMAGE,
+    Reason.TRUNCATED: UNREADABLE_IMAGE,
+    Reason.UNREADABLE: UNREADABLE_IMAGE,
+}
+_WAYS_OUT = {
+    Reason.EMPTY: "send the image as the body, or as the field `image` of a form",
+    Reason.NOT_AN_IMAGE: "send PNG, JPEG, BMP, TIFF, GIF or WebP",
+    Reason.TOO_MANY_PIXELS: "send it smaller; the model sees far fewer pixels",
+    Reason.TOO_MANY_BYTES: "send it smaller",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInput:
+    """A decoded image, shaped for the model.
+
+    Attributes:
+        array: uint8 `(size_px, size_px, channels)`.
+        format: as Pillow names it, e.g. `PNG`.
+        mode: the file's own, e.g. `L`.
+        width_px: upright.
+        height_px: upright.
+    """
+
+    array: npt.NDArray[np.uint8]
+    format: str
+    mode: str
+    width_px: int
+    height_px: int
+
+
+@dataclass(frozen=True, slots=True)
+class Classification:
+    """What the model says of one image.
+
+    Attributes:
+        image: what it saw.
+        label_index: of the most probable label.
+        probabilities: one per label, in the order of the contract.
+        model_s: seconds in the model.
+    """
+
+    image: ImageInput
+    label_index: int
+    probabilities: list[float]
+    model_s: float
+
+
+class Classifier:
+    """Decodes and predicts, within limits.
+
+    Args:
+        predictor: warmed up.
+        model_s: seconds that the model takes for one image.
+        max_pixels: largest width times height.
+        max_bytes: of one encoded image.
+        timeout_s: seconds after which an answer comes too late.
+        threads: for what is not quick.
+    """
+
+    def __init__(
+        self, predictor: Predictor, *, model_s: float, max_pixels: int, max_bytes: int, timeout_s: float, threads: int
+    ) -> None:
+        self.predictor = predictor
+        self._contract = predictor.contract.input
+        self._floor_px = decoding_floor_px(self._contract)
+        self._max_pixels, self._max_bytes, self._timeout_s = max_pixels, max_bytes, timeout_s
+        self._model_is_quick = model_s <= QUICK_MODEL_S
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="classify")
+
+    async def classify(self, data: bytes) -> Classification:
+        """Classify one encoded image.
+
+        Raises:
+            Problem: the bytes are no image that may be used, or the answer would come too late.
+        """
+        if self._model_is_quick and _decodes_quickly(data):
+            return self._classify(data)
+        return await self.run(partial(self._classify, data))
+
+    async def classify_many(self, items: Sequence[bytes]) -> list[Classification | Problem]:
+        """Classify several, each for itself: one that fails does not touch the others.
+
+        Raises:
+            Problem: the answers would come too late.
+        """
+        answers: list[Classification | Problem] = []
+        until = time.monotonic() + self._timeout_s
+        # In slices, so that a large batch takes turns with the requests of others.
+        for start in range(0, len(items), _MANY_IMAGES_AT_ONCE):
+            piece = items[start : start + _MANY_IMAGES_AT_ONCE]
+            answers += await self.run(partial(self._classify_each, piece), until - time.monotonic())
+        return answers
+
+    async def run(self, work: Callable[[], T], timeout_s: float | None = None) -> T:
+        """Do something on a thread of the pool.
+
+        Raises:
+            Problem: it was not done in time; what had not begun by then never begins.
+        """
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        except TimeoutError:
+            raise Problem(
+                OUT_OF_TIME,
+                f"No answer within {self._timeout_s:g} s; try again after the time in Retry-After.",
+                headers={"Retry-After": "1"},
+            ) from None
+
+    def decode(self, data: bytes) -> ImageInput:
+        """Decode and shape one image; the same road as in training.
+
+        Raises:
+            Problem: the bytes are no image that may be used.
+        """
+        try:
+            image = decode_image(data, max_pixels=self._max_pixels, max_bytes=self._max_bytes, floor_px=self._floor_px)
+            array = to_model_input(image.pixels, self._contract)
+        except DecodingError as error:
+            raise _as_problem(error) from error
+        except MemoryError as error:
+            raise Problem(OVERLOADED, "Not enough memory for this image now.", headers={"Retry-After": "1"}) from error
+        return ImageInput(array, image.format, image.mode, image.width_px, image.height_px)
+
+    def close(self) -> None:
+        """End the threads; what has not begun is dropped."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _classify(self, data: bytes) -> Classification:
+        image = self.decode(data)
+        started = time.perf_counter()
+        probabilities: Probabilities = self.predictor.predict(image.array[np.newaxis])
+        model_s = time.perf_counter() - started
+        row: list[float] = probabilities[0].tolist()
+        return Classification(image, row.index(max(row)), row, model_s)
+
+    def _classify_each(self, items: Sequence[bytes]) -> list[Classification | Problem]:
+        """One by one: on a processor a batch of images costs what its images cost (docs/benchmarks.md)."""
+        answers: list[Classification | Problem] = []
+        for data in items:
+            try:
+                answers.append(self._classify(data))
+            except Problem as problem:
+                answers.append(problem)
+        return answers
+
+
+def _decodes_quickly(data: bytes) -> bool:
+    """Whether the header promises an image that takes about a millisecond to decode."""
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        pixels = int.from_bytes(data[16:20]) * int.from_bytes(data[20:24])
+        return len(data) <= _QUICK_PNG_BYTES and pixels <= _QUICK_PNG_PIXELS
+    if data.startswith(b"\xff\xd8\xff"):
+        return len(data) <= _QUICK_JPEG_BYTES
+    return len(data) < 64  # no image at all: refused at once
+
+
+def _as_problem(error: DecodingError) -> Problem:
+    way_out = _WAYS_OUT.get(error.reason, "check the file; another program may have cut or changed it")
+    return Problem(_PROBLEMS[error.reason], f"The image {error.detail}; {way_out}.", reason=str(error.reason))

@@ -1,0 +1,148 @@
+"""The BentoML service: workers, signals and start-up are BentoML's, every request is answered by `serving.api`.
+
+BentoML's own road for a request (OpenTelemetry's middleware, its metrics, access log and wrappers) costs three times
+what the decoding and the model cost together.  `service_class` is BentoML's way to replace a part of a service, and
+`to_asgi` the part that makes its application: ours stands in front of it, and leaves it the life cycle and the page
+that shows the API (docs/adr/0021 has the numbers).
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+import os
+from typing import TYPE_CHECKING, Any
+
+import bentoml
+
+from serving.admission import Admission
+from serving.api import Api
+from serving.authentication import Authenticator
+from serving.classification import Classifier
+from serving.endpoints import Endpoints
+from serving.logs import RequestLog, configure_logging
+from serving.metrics import ServiceMetrics
+from serving.prediction_log import PredictionLog
+from serving.predictor import Predictor
+from serving.rate_limits import RateLimiter
+from serving.release import load_release
+from serving.settings import ServingSettings, get_serving_settings
+from serving.tracing import Tracing
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+logger = logging.getLogger(__name__)
+
+_BENTOML_PATHS = ("/static_content/",)  # of the page that shows the API
+
+
+def count_workers(settings: ServingSettings) -> int:
+    """Worker processes to start: as set, else one per core that this process may use."""
+    return settings.workers or len(os.sched_getaffinity(0))
+
+
+class PerchService(bentoml.Service):  # type: ignore[type-arg]
+    """A BentoML service whose application answers Perch's API itself."""
+
+    def to_asgi(self, is_main: bool = True) -> ASGIApp:
+        """The application of one worker."""
+        bentoml_app: ASGIApp = super().to_asgi(is_main)
+
+        async def front_door(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] == "http" and not scope["path"].startswith(_BENTOML_PATHS) and scope["path"] != "/":
+                await self.inner.current.api(scope, receive, send)
+            else:
+                await bentoml_app(scope, receive, send)
+
+        return front_door
+
+
+@bentoml.service(
+    name="perch",
+    service_class=PerchService,
+    workers=count_workers(get_serving_settings()),
+    metrics={"enabled": False},
+    logging={"access": {"enabled": False}},
+    traffic={"timeout": 3600},  # the API has its own, by request
+)
+class PredictionService:
+    """One worker's share of the service; BentoML makes it when the worker starts."""
+
+    current: PredictionService
+
+    def __init__(self) -> None:
+        settings = get_serving_settings()
+        lines = configure_logging()
+        release = load_release()
+        manifest = release.manifest
+        authenticator = Authenticator.from_settings(settings)
+        predictor = Predictor(release.model, threads=settings.model_threads)
+        model_s = predictor.warm_up()
+        self._metrics = ServiceMetrics(
+            manifest.model,
+            manifest.version,
+            manifest.onnx_sha256,
+            manifest.labels,
+            max_concurrent=settings.max_concurrent,
+        )
+        self._predictions = PredictionLog(
+            settings,
+            model=manifest.model,
+            version=manifest.version,
+            onnx_sha256=manifest.onnx_sha256,
+            labels=manifest.labels,
+        )
+        self._predictions.start()
+        self._classifier = Classifier(
+            predictor,
+            model_s=model_s,
+            max_pixels=settings.max_pixels,
+            max_bytes=settings.max_body_bytes,
+            timeout_s=settings.request_timeout_s,
+            threads=math.ceil(len(os.sched_getaffinity(0)) / count_workers(settings)),
+        )
+        rate_limiter = RateLimiter(settings.spool_dir)
+        self._endpoints = Endpoints(
+            release,
+            self._classifier,
+            admission=Admission(max_requests=settings.max_concurrent, max_buffered_bytes=settings.max_buffered_bytes),
+            predictions=self._predictions,
+            metrics=self._metrics,
+            rate_limiter=rate_limiter,
+            settings=settings,
+        )
+        self._tracing = Tracing.from_environment(manifest.model, manifest.version)
+        self.api = Api(
+            self._endpoints.table(),
+            authenticator=authenticator,
+            rate_limiter=rate_limiter,
+            metrics=self._metrics,
+            tracing=self._tracing,
+            request_log=RequestLog(lines, manifest.version, every_request=settings.log_requests),
+            model_version=manifest.version,
+        )
+        type(self).current = self
+        self._metrics.watch_prediction_log(self._predictions)
+        self._metrics.watch_log(lambda: lines.lines_dropped)
+        self._metrics.start()
+        # What start-up made stays to the end: the collector need not look at it again, which shows in the slowest
+        # requests.
+        gc.collect()
+        gc.freeze()
+        self._endpoints.ready = True
+        self._metrics.set_ready(True)
+        logger.info("ready: %s v%s, %.2f ms an image", manifest.model, manifest.version, 1000 * model_s)
+
+    @bentoml.on_shutdown
+    def close(self) -> None:
+        """Ship what is kept; uvicorn calls this when the last answer is out."""
+        self._endpoints.ready = False
+        self._classifier.close()
+        self._predictions.close()
+        self._tracing.close()
+        self._metrics.close()
+
+
+service: Any = PredictionService
