@@ -126,8 +126,10 @@ class RateLimiter:
                 row = _ROW.unpack_from(self._table, offset)
                 place = _place_of(caller_hash, row)
                 now = self._clock()
-                # Never further ahead than an empty bucket: after a reboot, or once the burst was lowered, it may be.
-                tat = min(row[_PLACES + place], now + window_s) if row[place] == caller_hash else now
+                tat = row[_PLACES + place]
+                # Further ahead than an empty bucket: written before a reboot set the clock back, or for a larger burst.
+                if row[place] != caller_hash or tat > now + window_s + 1e-6:
+                    tat = now
                 ahead_s = max(tat - now, 0.0) + cost / rate
                 granted = ahead_s <= window_s + 1e-9
                 if granted:
