@@ -1,0 +1,109 @@
+"""Where Parquet files are shipped to: a folder or an S3 bucket; a file is there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+from urllib.parse import urlsplit
+
+from pipelines.core.prediction_ids import new_prediction_id
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+_CONNECT_TIMEOUT_S = 5
+_READ_TIMEOUT_S = 20
+
+
+class PredictionStore(Protocol):
+    """Takes files."""
+
+    def put(self, path: str, content: bytes) -> None:
+        """Store a file, or replace its equal.
+
+        Args:
+            path: relative to the store's root, `/` between folders.
+            content: the file's bytes.
+
+        Raises:
+            Exception: it could not be stored now; the kinds of storage fail in their own ways.
+        """
+        ...
+
+
+def open_store(url: str) -> PredictionStore:
+    """The store behind a folder or `s3://bucket/prefix`; nothing is asked of it yet."""
+    parts = urlsplit(url)
+    if parts.scheme == "s3":
+        return S3PredictionStore(parts.netloc, parts.path.strip("/"))
+    return FolderPredictionStore(Path(url.removeprefix("file://")))
+
+
+class FolderPredictionStore:
+    """A folder of a file system.
+
+    Args:
+        root: made when the first file comes.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def put(self, path: str, content: bytes) -> None:
+        """Write beside the target, then rename: readers see no half a file.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        target = self._root / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.parent / f".{new_prediction_id()}.tmp"
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())  # the journal is removed after this
+            temporary.replace(target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+class S3PredictionStore:
+    """A prefix of an S3 bucket; boto3 finds credentials and region, and it is imported at the first file.
+
+    Args:
+        bucket: the bucket's name.
+        prefix: without slashes at its ends; may be empty.
+    """
+
+    def __init__(self, bucket: str, prefix: str) -> None:
+        self._bucket = bucket
+        self._prefix = f"{prefix}/" if prefix else ""
+        self._client: S3Client | None = None
+
+    def put(self, path: str, content: bytes) -> None:
+        """Store by one request, which S3 completes or refuses as a whole.
+
+        Raises:
+            Exception: of botocore: no answer, no bucket, no credentials.
+        """
+        if self._client is None:
+            self._client = _connect()
+        self._client.put_object(Bucket=self._bucket, Key=self._prefix + path, Body=content)
+
+
+def _connect() -> S3Client:
+    import boto3
+    from botocore.config import Config
+
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("PERCH_S3_ENDPOINT_URL") or None
+    config = Config(
+        connect_timeout=_CONNECT_TIMEOUT_S,
+        read_timeout=_READ_TIMEOUT_S,
+        retries={"mode": "standard", "total_max_attempts": 1},  # the shipper tries again by itself
+        # Buckets as host names need a wildcard in the DNS, which only AWS can be counted on to have.
+        s3={"addressing_style": "path" if endpoint else "auto"},
+    )
+    return boto3.Session().client("s3", endpoint_url=endpoint, config=config)
