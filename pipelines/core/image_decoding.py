@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -193,10 +194,10 @@ def _resize(image: Image.Image, size: tuple[int, int], box: tuple[int, int, int,
 def _to_eight_bits(image: Image.Image) -> Image.Image:
     """Bring any of Pillow's modes to `L` or `RGB`."""
     if image.mode in _SIXTEEN_BIT_MODES:
-        return _scale(np.asarray(image).astype(np.float64), 65535.0)
+        return Image.fromarray(_eight_bit_table()[np.asarray(image)])
     if image.mode == "I":
         # Pillow's name for integers wider than 8 bits; the files that carry it hold 16-bit samples.
-        return _scale(np.asarray(image).astype(np.float64), 65535.0)
+        return Image.fromarray(_eight_bit_table()[np.clip(np.asarray(image), 0, 65535)])
     if image.mode == "F":
         return _scale_float(np.asarray(image).astype(np.float64))
     transparent = "transparency" in image.info
@@ -213,6 +214,12 @@ def _over_black(image: Image.Image, mode: str) -> Image.Image:
     background = Image.new(mode, image.size)
     background.paste(image.convert(mode), mask=image.getchannel("A"))
     return background
+
+
+@cache
+def _eight_bit_table() -> npt.NDArray[np.uint8]:
+    """For each 16-bit sample its 8-bit one: a look-up takes an eighth of the memory that floating point would."""
+    return np.rint(np.arange(65536) * (255.0 / 65535.0)).astype(np.uint8)
 
 
 def _scale(samples: npt.NDArray[np.float64], full: float) -> Image.Image:
