@@ -10,7 +10,7 @@ import sys
 import typer
 
 from pipelines import __version__
-from pipelines.cli import expectations, ledger, models, params, runs, services, stages
+from pipelines.cli import expectations, ledger, models, params, predict, releases, runs, services, stages
 from pipelines.cli.printing import print_error
 from pipelines.errors import PerchError
 
@@ -42,6 +42,9 @@ def _options(
 stages.add_commands(app)
 runs.add_commands(app)
 services.add_commands(app)
+app.command("package", rich_help_panel="Run")(releases.package)
+app.add_typer(releases.keys_app, name="keys", rich_help_panel="Run")
+app.command("predict", rich_help_panel="Run")(predict.predict)
 app.command("params", rich_help_panel="Look and check")(params.show)
 app.add_typer(models.app, name="models", rich_help_panel="Look and check")
 app.add_typer(ledger.app, name="ledger", rich_help_panel="Look and check")

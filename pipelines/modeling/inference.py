@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -77,18 +78,14 @@ class OnnxPredictor:
 
         Args:
             images: uint8 `(N, size_px, size_px, channels)`; a memory map is read batch by batch.
-            batch_images: images per batch; by default as many as fit 8 MiB, at most 128.
+            batch_images: images per batch; by default `self.batch_images`.
             change: applied to each batch before it is predicted.
 
         Raises:
             Refusal: the images or the model's answer have not the shape that the contract promises.
         """
-        shape = (self.contract.input.size_px, self.contract.input.size_px, self.contract.input.channels)
-        if images.dtype != np.uint8 or images.shape[1:] != shape:
-            raise Refusal(
-                f"the images for {self._name}", f"are {images.dtype} {images.shape}", limit=f"uint8 (N, *{shape})"
-            )
-        size = batch_images or max(1, min(_MAX_BATCH_IMAGES, _BATCH_BYTES // int(np.prod(shape))))
+        self._refuse_misshapen(images)
+        size = batch_images or self.batch_images
 
         def answer(start: int) -> Probabilities:
             batch = np.asarray(images[start : start + size])
@@ -105,6 +102,29 @@ class OnnxPredictor:
     def predict_batches(self, batches: Iterator[Images]) -> Probabilities:
         """As `predict`, for images that come in pieces and need not be held together."""
         return np.concatenate([self._no_answers(), *map(self.predict, batches)])
+
+    def predict_batch(self, batch: Images) -> Probabilities:
+        """As `predict`, for one batch, on the thread that asks."""
+        self._refuse_misshapen(batch)
+        return self._run(batch) if len(batch) else self._no_answers()
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Of one image: `(size_px, size_px, channels)`."""
+        return (self.contract.input.size_px, self.contract.input.size_px, self.contract.input.channels)
+
+    @property
+    def batch_images(self) -> int:
+        """How many images fit 8 MiB, at most 128."""
+        return max(1, min(_MAX_BATCH_IMAGES, _BATCH_BYTES // math.prod(self.image_shape)))
+
+    def _refuse_misshapen(self, images: Images) -> None:
+        if images.dtype != np.uint8 or images.shape[1:] != self.image_shape:
+            raise Refusal(
+                f"the images for {self._name}",
+                f"are {images.dtype} {images.shape}",
+                limit=f"uint8 (N, *{self.image_shape})",
+            )
 
     def _no_answers(self) -> Probabilities:
         return np.zeros((0, len(self.contract.labels)), np.float32)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from pathlib import Path
 from typing import Literal
 
 from pipelines.core.results import write_json
-from pipelines.errors import Refusal
 from pipelines.params import Params
 from pipelines.registry.connection import Mlflow, with_mlflow
+from pipelines.registry.model_files import download_model
 from pipelines.registry.models import (
     CHAMPION,
     EVIDENCE_FOLDER,
-    MODEL_FOLDER,
     RegisteredVersion,
     download,
     find_versions,
@@ -89,7 +87,7 @@ def _write(mlflow: Mlflow, version: RegisteredVersion | None, kind: Kind, into: 
         draft.mkdir()
         onnx_sha256 = None
         if version is not None:
-            onnx_sha256 = _download_model(mlflow, version, draft)
+            onnx_sha256 = download_model(mlflow, version, draft)
             for name in _EVIDENCE:
                 download(mlflow, version.mlflow_run_id, f"{EVIDENCE_FOLDER}/{name}", draft)
         write_json(
@@ -102,17 +100,3 @@ def _write(mlflow: Mlflow, version: RegisteredVersion | None, kind: Kind, into: 
             },
         )
         draft.rename(into)
-
-
-def _download_model(mlflow: Mlflow, version: RegisteredVersion, into: Path) -> str:
-    file = download(mlflow, version.mlflow_run_id, f"{MODEL_FOLDER}/model.onnx", into)
-    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-    registered = version.tags.get("perch.onnx_sha256")
-    if sha256 != registered:
-        raise Refusal(
-            f"model.onnx of {version.model} v{version.version}",
-            f"has SHA-256 {sha256[:16]}…",
-            limit=f"{registered or 'none'} was registered",
-            way_out="the stored file was changed: `perch ledger verify`, then restore it or register another version",
-        )
-    return sha256

@@ -1,0 +1,1 @@
+"""What `perch predict` does: many images through one model into one Parquet file, in parallel and resumable."""

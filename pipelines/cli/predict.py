@@ -1,0 +1,83 @@
+"""`perch predict`: many images through a registered model into one Parquet file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from pipelines.batch_prediction.rows import ModelIdentity
+    from pipelines.settings import Settings
+
+
+def predict(
+    location: Annotated[
+        str,
+        typer.Argument(
+            metavar="IMAGES",
+            help="A folder, flat or nested; an image; a .csv or .parquet table of paths; an .npz; an s3:// address of "
+            "one; or `digits`.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Parquet file to write; a row per image.")] = Path(
+        "predictions.parquet"
+    ),
+    model: Annotated[str, typer.Option("--model", help="Registered model; the one of params.yaml by default.")] = "",
+    version: Annotated[
+        str, typer.Option("--version", help="Its version; by default the champion, else the latest candidate.")
+    ] = "",
+    path_column: Annotated[str, typer.Option("--path-column", help="Column of a table that holds the paths.")] = "path",
+) -> None:
+    """Predict every image of a folder, table or bucket; killed and given again, it goes on where it was."""
+    import tempfile
+
+    from pipelines.batch_prediction.locations import open_location
+    from pipelines.batch_prediction.prediction import predict_source
+    from pipelines.core.image_limits import ImageLimits
+    from pipelines.data.sources.opening import without_secrets
+    from pipelines.settings import get_settings
+
+    settings = get_settings()
+    source = open_location(location, settings, path_column=path_column, out=out)
+    with tempfile.TemporaryDirectory(prefix="perch-model-") as folder:
+        model_file, identity = _fetch(settings, model, version, Path(folder))
+        typer.echo(f"{identity.name} v{identity.version} · onnx sha256:{identity.onnx_sha256[:12]}…", err=True)
+        try:
+            predicted = predict_source(
+                source,
+                model_file,
+                identity,
+                out,
+                limits=ImageLimits(),
+                threads=settings.decode_workers,
+                name=f"the images of {without_secrets(location)}",
+                say=lambda line: typer.echo(f"  {line}", err=True),
+            )
+        except KeyboardInterrupt:
+            typer.echo("interrupted; the same command goes on from there", err=True)
+            raise typer.Exit(130) from None
+    typer.echo(f"{predicted.summary} → {out}")
+
+
+def _fetch(settings: Settings, model: str, version: str, into: Path) -> tuple[Path, ModelIdentity]:
+    """The model's file, held against registry and ledger, and its name."""
+    from pipelines.batch_prediction.rows import ModelIdentity
+    from pipelines.cli.models import default_params
+    from pipelines.errors import Refusal
+    from pipelines.registry.model_files import fetch_model_file
+
+    digits = version.removeprefix("v")
+    if version and not digits.isdecimal():
+        raise Refusal("--version", repr(version), limit="a number, e.g. 3", way_out="`perch models` lists them")
+    params = default_params()
+    fetched = fetch_model_file(
+        settings,
+        model or params.model_name,
+        int(digits) if digits else None,
+        into,
+        candidate_alias=params.model_registration.candidate_alias,
+    )
+    found = fetched.version
+    return fetched.path, ModelIdentity(found.model, str(found.version), fetched.onnx_sha256)
