@@ -73,7 +73,11 @@ class DataIngestionParams(Section):
     as_of: IsoDate | None = Field(None, description="Take what had arrived by this date; null takes everything.")
     max_image_pixels: int = Field(100_000_000, ge=1, le=1_000_000_000, description="Pixels of one image.")
     max_image_bytes: int = Field(50_000_000, ge=1, le=2_000_000_000, description="Encoded bytes of one image.")
-    max_quarantined_share: Share = Field(0.05, description="Share of unreadable images above which the run stops.")
+    max_quarantined_share: Share = Field(
+        0.05,
+        description="Share of unreadable images above which ingestion itself stops; a data set's own limit, usually "
+        "tighter, is `quarantined_share` in its suite.",
+    )
     shard_images: int = Field(1024, ge=16, le=65_536, description="Images in one Parquet shard, on average.")
 
     @field_validator("group_pattern")

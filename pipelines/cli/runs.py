@@ -1,4 +1,4 @@
-"""`perch runs` and `perch replay`."""
+"""`perch runs`, `perch replay` and `perch quarantine`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ runs_app = typer.Typer(invoke_without_command=True, help="List runs, with what d
 def add_commands(app: typer.Typer) -> None:
     """Add the commands."""
     app.add_typer(runs_app, name="runs", rich_help_panel="Look and check")
+    app.command("quarantine", rich_help_panel="Look and check")(quarantine)
     app.command("replay", rich_help_panel="Run")(replay)
 
 
@@ -38,6 +39,28 @@ def prune(
 
     removed = prune_workspaces(get_settings(), keep)
     typer.echo(f"removed {len(removed)} workspaces" + (f": {', '.join(removed)}" if removed else ""))
+
+
+def quarantine(
+    run_id: Annotated[
+        str | None, typer.Argument(help="The run; by default the newest that has ingested.", metavar="RUN")
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", min=0, help="Files to list at most; 0 lists all.")] = 50,
+) -> None:
+    """List the files that a run put aside because they are no sound images, each with the reason."""
+    from pipelines.data.quarantine import count_reasons, name_reasons, read_quarantine
+    from pipelines.runs.history import find_ingested
+    from pipelines.settings import get_settings
+
+    workspace = find_ingested(get_settings(), run_id)
+    records = read_quarantine(workspace.quarantine_file)
+    reasons = name_reasons(count_reasons(records)) or "nothing"
+    typer.secho(f"run {workspace.root.name} quarantined {reasons} · {workspace.quarantine_file}", bold=True)
+    shown = records[:limit] if limit else records
+    for record in shown:
+        typer.echo(f"  {record['key']}  {record['reason']}: {record['detail']}")
+    if len(shown) < len(records):
+        typer.echo(f"  and {len(records) - len(shown):,} more; --limit 0 lists all")
 
 
 def replay(

@@ -125,7 +125,8 @@ def _draft_dataset(tables: ValidationTables) -> list[Expectation]:
         _at_most(
             "quarantined_share",
             _round_up(max(2 * quarantined, 0.01)),
-            f"Seen {describe_value(quarantined)}; twice as many, or one in a hundred, means a damaged copy.",
+            f"Seen {describe_value(quarantined)}; twice as many, or one in a hundred, means a damaged copy.  "
+            "(Above data_ingestion.max_quarantined_share a run stops before it comes here.)",
         ),
         _at_least(
             "smallest_class_share", _round_down(rarest / 2), f"Seen {describe_value(rarest)}; half of it is rare."

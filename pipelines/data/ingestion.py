@@ -22,6 +22,7 @@ from pipelines.core.contract import InputContract
 from pipelines.data.ingest_cache import QUARANTINE_SCHEMA, CachedRow, IngestCache
 from pipelines.data.parallel import map_ordered
 from pipelines.data.progress import ImageProgress
+from pipelines.data.quarantine import Record, count_reasons, describe_files, name_reasons, name_some
 from pipelines.data.reading import ImageReader, ReadImage, UnusableFile
 from pipelines.data.shaped_images import ShapedImages
 from pipelines.data.shards import Manifest, ShardCutter, ShardEntry, ShardWriter
@@ -30,7 +31,6 @@ from pipelines.data.sources.opening import without_secrets
 from pipelines.errors import Refusal
 from pipelines.params import DataIngestionParams
 
-_NAMED_IN_A_MESSAGE = 5
 _Outcome = ReadImage | UnusableFile | CachedRow
 
 
@@ -103,8 +103,9 @@ def ingest(
             progress.advance()
         packer.finish()
     _write_quarantine(unusable, quarantine_file, cache)
-    _refuse_too_much_quarantine(unusable, len(items), params.max_quarantined_share)
-    _refuse_lost_classes(items, packer.labels)
+    faults = [fault.record for _, fault in unusable]
+    _refuse_too_much_quarantine(faults, len(items), params.max_quarantined_share, quarantine_file)
+    _refuse_lost_classes(items, packer.labels, quarantine_file)
     manifest = Manifest(
         dataset=dataset,
         source=without_secrets(params.source),
@@ -116,8 +117,7 @@ def ingest(
         data_sha256=packer.data_sha256,
     )
     manifest.write(raw)
-    reasons = Counter(str(fault.record["reason"]) for _, fault in unusable)
-    return Ingested(manifest, images_read, dict(reasons.most_common()))
+    return Ingested(manifest, images_read, count_reasons(faults))
 
 
 def list_items(source: Source, params: DataIngestionParams) -> list[SourceItem]:
@@ -144,7 +144,7 @@ def list_items(source: Source, params: DataIngestionParams) -> list[SourceItem]:
     if repeated:
         raise Refusal(
             name,
-            f"names {len(repeated)} images more than once: {_some(repeated)}",
+            f"names {len(repeated)} images more than once: {name_some(repeated)}",
             limit="one row per image",
             way_out="remove the repeated rows",
         )
@@ -285,42 +285,29 @@ def _write_quarantine(unusable: Sequence[tuple[SourceItem, UnusableFile]], file:
     cache.remember_faults([fault.record for _, fault in lasting], [item.fingerprint for item, _ in lasting])
 
 
-def _refuse_too_much_quarantine(
-    unusable: Sequence[tuple[SourceItem, UnusableFile]], total: int, max_share: float
-) -> None:
-    share = len(unusable) / total
+def _refuse_too_much_quarantine(faults: Sequence[Record], total: int, max_share: float, file: Path) -> None:
+    share = len(faults) / total
     if share <= max_share:
         return
-    records = [fault.record for _, fault in unusable]
-    reasons = Counter(str(record["reason"]) for record in records)
-    examples = [f"{record['key']} ({record['reason']}: {record['detail']})" for record in records]
     raise Refusal(
         "the images that cannot be used",
-        f"{len(unusable):,} of {total:,} ({share:.1%}): "
-        + ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-        + f"; {_some(examples)}",
+        f"{len(faults):,} of {total:,} ({share:.1%}): {name_reasons(count_reasons(faults))}; {describe_files(faults)}",
         limit=f"{max_share:.1%}, data_ingestion.max_quarantined_share",
-        way_out="data/quarantine.parquet in the run's folder lists them all; mend or remove them, or raise the limit",
+        way_out=f"`perch quarantine` lists them all, from {file}; mend or remove them, or raise the limit",
     )
 
 
-def _refuse_lost_classes(items: Sequence[SourceItem], labels: Counter[str]) -> None:
+def _refuse_lost_classes(items: Sequence[SourceItem], labels: Counter[str], file: Path) -> None:
     listed = Counter(item.label for item in items if item.label)
     if lost := [f"{label} ({listed[label]} files)" for label in sorted(listed) if not labels[label]]:
         raise Refusal(
             "the images that can be used",
             f"are none of class {', '.join(lost)}",
             limit="at least one image per class",
-            way_out="data/quarantine.parquet in the run's folder says why",
+            way_out=f"`perch quarantine` says why, from {file}; mend these files, or remove the class",
         )
 
 
 def _group_of(key: str, pattern: re.Pattern[str]) -> str:
     match = pattern.search(key)
     return (match.group(1) or "") if match else ""
-
-
-def _some(names: Sequence[str]) -> str:
-    """The first few of a long list."""
-    rest = len(names) - _NAMED_IN_A_MESSAGE
-    return "; ".join(names[:_NAMED_IN_A_MESSAGE]) + (f"; and {rest} more" if rest > 0 else "")

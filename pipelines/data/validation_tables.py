@@ -117,7 +117,9 @@ def read_measurements(raw: Path) -> pd.DataFrame:
             )
         tables.append(pq.read_table(raw / shard.name, columns=[name for name in names if name != "image"]))
     if sum(len(table) for table in tables) == 0:
-        raise Refusal("data/raw", "holds no image", limit="at least one", way_out="look at data/quarantine.parquet")
+        raise Refusal(
+            "data/raw", "holds no image", limit="at least one", way_out="`perch quarantine` lists what was put aside"
+        )
     measurements: pd.DataFrame = pa.concat_tables(tables).to_pandas()
     return measurements
 

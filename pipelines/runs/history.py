@@ -14,7 +14,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from pipelines.core.workspace import Workspace
-from pipelines.errors import EXIT_REFUSED
+from pipelines.errors import EXIT_REFUSED, Refusal
 from pipelines.runs.locking import hold
 from pipelines.runs.pipeline import pipeline_steps
 from pipelines.runs.workspaces import find_workspace, list_runs
@@ -95,6 +95,24 @@ def runs_list(settings: Settings) -> RenderableType:
         for before, record in zip([None, *records], records, strict=False):
             lines += _describe(before, record)
     return Group(*lines or [Text("no runs here; `perch run` makes one")])
+
+
+def find_ingested(settings: Settings, run_id: str | None) -> Workspace:
+    """The workspace of a run, or of the newest one, that has read its source, were it only to refuse it.
+
+    Raises:
+        Refusal: there is no such run, or it has not read its source.
+    """
+    names = [run_id] if run_id is not None else list(reversed(list_runs(settings)))
+    for workspace in (find_workspace(settings, name) for name in names):
+        if workspace.quarantine_file.is_file():
+            return workspace
+    raise Refusal(
+        f"run {run_id}" if run_id is not None else f"the runs in {settings.runs_dir}",
+        "has not ingested, so that nothing was put aside",
+        limit="a run that has read its source",
+        way_out="`perch data_ingestion --run ID` reads it",
+    )
 
 
 def prune_workspaces(settings: Settings, keep: int) -> list[str]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from rich.console import Console
+
 from pipelines.core.contract import InputContract
 from pipelines.core.results import StageResult
 from pipelines.core.workspace import Workspace
 from pipelines.data.ingestion import ingest
+from pipelines.data.quarantine import describe_files, name_reasons, read_quarantine
 from pipelines.data.sources.opening import open_source
 from pipelines.params import Params
 from pipelines.settings import get_settings
@@ -37,7 +40,9 @@ def run(params: Params, workspace: Workspace) -> DataIngestionResult:
         threads=settings.decode_workers,
     )
     manifest = ingested.manifest
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in ingested.quarantined.items())
+    reasons = name_reasons(ingested.quarantined)
+    if reasons:
+        _say_what_was_quarantined(workspace)
     quarantined = f"{manifest.quarantined:,} quarantined" + (f" ({reasons})" if reasons else "")
     return DataIngestionResult(
         summary=f"{manifest.rows:,} images, {quarantined}",
@@ -48,3 +53,9 @@ def run(params: Params, workspace: Workspace) -> DataIngestionResult:
         },
         data_sha256=manifest.data_sha256,
     )
+
+
+def _say_what_was_quarantined(workspace: Workspace) -> None:
+    files = describe_files(read_quarantine(workspace.quarantine_file))
+    text = f"  quarantined: {files}\n  `perch quarantine {workspace.root.name}` lists them all"
+    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)

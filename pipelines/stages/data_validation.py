@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from pathlib import Path
 
 from pipelines.core.results import StageResult, write_json
 from pipelines.core.workspace import Workspace
@@ -68,7 +69,7 @@ def run(params: Params, workspace: Workspace) -> DataValidationResult:
         },
     )
 
-    _refuse_failures(params.dataset, f"expectations/{folder.name}", outcomes)
+    _refuse_failures(params.dataset, f"expectations/{folder.name}", outcomes, workspace.root / DATA_DOCS)
     warnings = [
         f"{outcome.column or suite.name}: observed {outcome.observed}, limit {outcome.limit}"
         for suite in outcomes
@@ -88,7 +89,7 @@ def run(params: Params, workspace: Workspace) -> DataValidationResult:
     )
 
 
-def _refuse_failures(dataset: str, suites_name: str, outcomes: list[SuiteOutcome]) -> None:
+def _refuse_failures(dataset: str, suites_name: str, outcomes: list[SuiteOutcome], docs: Path) -> None:
     failures = [
         f"{suite.name}.json, {outcome.column or outcome.type}: observed {outcome.observed}; limit {outcome.limit}"
         for suite in outcomes
@@ -102,6 +103,6 @@ def _refuse_failures(dataset: str, suites_name: str, outcomes: list[SuiteOutcome
         raise Refusal(
             f"the data set {dataset}",
             f"fails {len(failures)} of {total} expectations\n    " + "\n    ".join(failures),
-            way_out=f"look at {DATA_DOCS} in the run's folder; then mend the data, or {review}, and start a new run",
+            way_out=f"look at {docs}; then mend the data, or {review}, and start a new run",
             reports={"Data Docs": DATA_DOCS},
         )

@@ -188,6 +188,7 @@ def test_ingest__too_many_broken__is_refused_with_count_share_limit_and_reasons(
         "3 not_an_image",
         "cat/note0.txt",
         "data_ingestion.max_quarantined_share",
+        f"from {tmp_path / 'run' / 'quarantine.parquet'}",
     ):
         assert part in message
     assert len(quarantine(tmp_path)) == 3

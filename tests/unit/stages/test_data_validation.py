@@ -246,7 +246,7 @@ def test_run__too_many_quarantined__is_refused_with_observed_value_and_limit(tmp
     assert str(refusal.value).splitlines()[1] == (
         "    dataset.json, quarantined_share: observed 0.02174; limit at most 0.01"
     )
-    assert "data/validation/data_docs/index.html" in refusal.value.way_out
+    assert f"look at {workspace.validation / 'data_docs' / 'index.html'}" in refusal.value.way_out
     assert "expectations/digits" in refusal.value.way_out
 
 

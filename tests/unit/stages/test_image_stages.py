@@ -48,7 +48,7 @@ def test_run__digits_of_the_first_week__goes_from_source_to_features(workspace):
     assert statistics["mean"] == pytest.approx([train.mean()])
 
 
-def test_run__colour_folder_of_mixed_sizes__needs_the_parameters_alone(workspace, tmp_path):
+def test_run__colour_folder_of_mixed_sizes__needs_the_parameters_alone(workspace, tmp_path, capsys):
     rng = np.random.default_rng(4)
     for label, count in (("red", 80), ("blue", 30)):
         (tmp_path / "scans" / label).mkdir(parents=True)
@@ -64,6 +64,9 @@ def test_run__colour_folder_of_mixed_sizes__needs_the_parameters_alone(workspace
         data_preprocessing={"size_px": 32, "channels": 3, "resize": "pad", "min_images_per_class": 1},
     )
     assert data_ingestion.run(params, workspace).summary == "110 images, 1 quarantined (1 truncated)"
+    said = capsys.readouterr().err
+    assert "quarantined: red/broken.jpg (truncated: " in said
+    assert "`perch quarantine run-1` lists them all" in said
     data_preprocessing.run(params, workspace)
     result = feature_engineering.run(params, workspace)
     assert {"train/mean_r", "train/mean_g", "train/mean_b"} <= set(result.metrics)
