@@ -219,7 +219,8 @@ def _over_black(image: Image.Image, mode: str) -> Image.Image:
 @cache
 def _eight_bit_table() -> npt.NDArray[np.uint8]:
     """For each 16-bit sample its 8-bit one: a look-up takes an eighth of the memory that floating point would."""
-    return np.rint(np.arange(65536) * (255.0 / 65535.0)).astype(np.uint8)
+    table: npt.NDArray[np.uint8] = np.rint(np.arange(65536) * (255.0 / 65535.0)).astype(np.uint8)
+    return table
 
 
 def _scale(samples: npt.NDArray[np.float64], full: float) -> Image.Image:
