@@ -43,11 +43,19 @@ class PredictionLogCounters(Protocol):
 
     @property
     def backlog_rows(self) -> int:
-        """Predictions not yet in the store."""
+        """Predictions of this process not yet on the disk."""
 
     @property
     def spooled_bytes(self) -> int:
-        """Bytes that wait on the local disk."""
+        """Bytes that wait on the local disk, of all workers together."""
+
+    @property
+    def oldest_spooled_s(self) -> float:
+        """Seconds that the oldest of them has waited, of all workers together."""
+
+    @property
+    def shipped_rows(self) -> int:
+        """Predictions stored since the start."""
 
     @property
     def dropped_rows(self) -> int:
@@ -61,6 +69,9 @@ class PredictionLogCounters(Protocol):
 class ServiceMetrics:
     """The metrics of one worker, bound to the model that it serves.
 
+    Attributes:
+        content_type: of what `render` gives.
+
     Args:
         model: the registered model's name.
         version: its version, the label `model_version`.
@@ -70,6 +81,8 @@ class ServiceMetrics:
         routes: addresses that are counted under their own name; any other is `other`.
         max_concurrent: requests that this worker handles at once.
     """
+
+    content_type = CONTENT_TYPE
 
     def __init__(
         self,
@@ -136,11 +149,20 @@ class ServiceMetrics:
         ).labels(*self._of_model)
 
     def _define_prediction_log(self) -> None:
-        self._backlog = self._gauge("prediction_log_backlog_rows", "Predictions not yet in the store.")
-        self._spooled = self._gauge("prediction_log_spooled_bytes", "Bytes of predictions that wait on the local disk.")
-        self._lost = self._counter("prediction_log_dropped_rows", "Predictions lost: the spool was full.").labels(
+        self._backlog = self._gauge("prediction_log_backlog_rows", "Predictions in memory, not yet in the spool.")
+        # The spool is one folder for all workers: each sees all of it.
+        self._spooled = self._gauge(
+            "prediction_log_spooled_bytes", "Bytes of predictions that wait in the spool to be stored.", "livemax"
+        )
+        self._oldest = self._gauge(
+            "prediction_log_oldest_seconds", "Time that the oldest file of the spool has waited.", "livemax"
+        )
+        self._shipped = self._counter("prediction_log_shipped_rows", "Predictions brought to the store.").labels(
             *self._of_model
         )
+        self._lost = self._counter(
+            "prediction_log_dropped_rows", "Predictions given up: memory or spool full, or unreadable."
+        ).labels(*self._of_model)
         self._ship_failures = self._counter(
             "prediction_log_ship_failures", "Attempts to ship predictions that failed."
         ).labels(*self._of_model)
@@ -216,7 +238,7 @@ class ServiceMetrics:
         self._predictions[label].inc()
         self._confidence.observe(confidence)
 
-    def observe_model(self, queue_s: float, model_s: float, batch_size: int) -> None:
+    def observe_model(self, queue_s: float, model_s: float, batch_size: int = 1) -> None:
         """Times one call of the model.
 
         Args:
@@ -275,6 +297,8 @@ class ServiceMetrics:
             if (log := self._prediction_log) is not None:
                 self._backlog.set(log.backlog_rows)
                 self._spooled.set(log.spooled_bytes)
+                self._oldest.set(log.oldest_spooled_s)
+                self._catch_up("shipped rows", self._shipped, log.shipped_rows)
                 self._catch_up("dropped rows", self._lost, log.dropped_rows)
                 self._catch_up("ship failures", self._ship_failures, log.shipping_failures)
 
