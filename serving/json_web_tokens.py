@@ -72,7 +72,7 @@ class SigningKey:
             raise ValueError(f"{kind} {jwk.get('alg', '')} is no asymmetric signature".replace("  ", " "))
         try:
             parsed = jwt.PyJWK(dict(jwk), algorithm=min(self.algorithms))
-        except jwt.PyJWTError as error:
+        except (jwt.PyJWTError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"it cannot be read: {error}") from error
         self.public_key = parsed.key
         if hasattr(self.public_key, "private_numbers") or hasattr(self.public_key, "private_bytes"):
