@@ -50,7 +50,7 @@ class FolderSource:
             )
         classes = {folder for folder in listing.folders if folder.count("/") == depth}
         if not classes:
-            raise Refusal(f"the source {self._name}", "has no sub-folders with images", limit=_LAYOUT)
+            raise self._flat_folder(len(items))
         if empty := sorted(classes - filled):
             raise Refusal(
                 f"the source {self._name}",
@@ -63,6 +63,19 @@ class FolderSource:
     def read(self, item: SourceItem, max_bytes: int) -> bytes:
         """The file's bytes."""
         return self._store.read(item.location, max_bytes)
+
+    def _flat_folder(self, pictures: int) -> Refusal:
+        if pictures:
+            beside = f", but {pictures:,} picture{'s' if pictures > 1 else ''} that no folder gives a class"
+            way_out = (
+                "make a sub-folder per class and move the pictures into them; or list them in a .csv with the columns "
+                "path and label, and name that as data_ingestion.source"
+            )
+        else:
+            beside, way_out = "", "put the images there, or correct data_ingestion.source in params.yaml"
+        return Refusal(
+            f"the source {self._name}", f"has no sub-folders with images{beside}", limit=_LAYOUT, way_out=way_out
+        )
 
     def _has_splits(self, listing: Listing) -> bool:
         """Whether the top folders are splits: `train` and nothing but splits, with folders of classes below them."""

@@ -25,6 +25,7 @@ _FORMAT = (
     "MedMNIST's: train_images, val_images, test_images of uint8 (N, H, W) or (N, H, W, 3), "
     "and train_labels, … of integers (N, 1)"
 )
+_ZIP_SIGNATURE = b"PK\x03\x04"
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,15 @@ class NpzSource:
         return encode_png(np.frombuffer(pixels, np.uint8).reshape(like.shape))[: max_bytes + 1]
 
     def _read_splits(self) -> list[_Split]:
+        if not zipfile.is_zipfile(self._file):
+            with self._file.open("rb") as stream:
+                beginning = stream.read(8)
+            if beginning.startswith(_ZIP_SIGNATURE):
+                raise self._refusal(
+                    "begins as an .npz archive and has no end: it was cut off, or is still being written"
+                )
+            found = f"starts with {beginning.hex(' ')}" if beginning else "is empty"
+            raise self._refusal(f"{found}, and is no .npz archive")
         try:
             with np.load(self._file, allow_pickle=False) as arrays:
                 names = [split for split in SPLITS if f"{split}_images" in arrays.files]
@@ -98,8 +108,12 @@ class NpzSource:
                     raise self._refusal(f"holds {', '.join(arrays.files) or 'nothing'}")
                 label_names = [str(name) for name in arrays["label_names"]] if "label_names" in arrays.files else None
                 return [self._read_split(split, arrays, label_names) for split in names]
-        except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
-            raise self._refusal(f"cannot be read: {error}") from error
+        except (zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:
+            raise self._refusal(f"is damaged: {error}") from error
+        except ValueError as error:  # NumPy's own words advise to load what may run code
+            objects = "allow_pickle" in str(error)
+            reason = "holds Python objects, which are not read" if objects else f"cannot be read: {error}"
+            raise self._refusal(reason) from error
 
     def _read_split(self, split: str, arrays: Any, label_names: list[str] | None) -> _Split:
         if f"{split}_labels" not in arrays.files:
@@ -149,4 +163,5 @@ class NpzSource:
             return self._unpacked[split]
 
     def _refusal(self, value: str) -> Refusal:
-        return Refusal(f"the file {self._name}", value, limit=_FORMAT)
+        way_out = "write it with numpy.savez, or correct data_ingestion.source; a folder of images needs no such file"
+        return Refusal(f"the file {self._name}", value, limit=_FORMAT, way_out=way_out)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.data.sources.base import SourceItem, parse_split
-from pipelines.data.sources.stores import FileStore
+from pipelines.data.sources.stores import FileStore, StoredFile
 from pipelines.errors import Refusal
 from pipelines.params import TableParams
 
@@ -39,7 +39,8 @@ class TableSource:
         """One item per row.  A row without a class, or whose file is not there, has a fault.
 
         Raises:
-            Refusal: the table cannot be read, lacks a column, or holds a split, date or path that means nothing.
+            Refusal: the table cannot be read, lacks a column, holds a split, date or path that means nothing, or all
+                its files are missing.
         """
         columns = self._columns
         wanted = [
@@ -80,6 +81,8 @@ class TableSource:
 
     def _with_files(self, items: Sequence[SourceItem]) -> list[SourceItem]:
         files = self._store.find([item.location for item in items])
+        if files and all(file.fault for file in files):
+            self._refuse_missing_files(files)
         return [
             replace(item, n_bytes=file.n_bytes, fingerprint=file.fingerprint, fault=item.fault or file.fault)
             for item, file in zip(items, files, strict=True)
@@ -108,6 +111,15 @@ class TableSource:
                 raise Refusal(
                     f"the table {self._name}", f"is no readable CSV file: {error}", limit="comma-separated UTF-8"
                 ) from error
+
+    def _refuse_missing_files(self, files: Sequence[StoredFile]) -> None:
+        """A table none of whose paths leads anywhere has one mistake, not as many as it has rows."""
+        raise Refusal(
+            f"the table {self._name}",
+            f"names {len(files):,} images, and none of them can be opened, e.g. {files[0].path}: {files[0].fault}",
+            limit="paths relative to the table's own folder, or absolute ones",
+            way_out=f"correct the column {self._columns.path_column}, or put the table beside its images",
+        )
 
     def _refuse_missing(self, wanted: Sequence[str], present: Sequence[str]) -> None:
         if missing := [name for name in wanted if name not in present]:

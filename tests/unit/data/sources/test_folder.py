@@ -60,10 +60,15 @@ def test_list_items__empty_class_in_a_split__is_named(tmp_path):
         source.list_items()
 
 
-@pytest.mark.parametrize("files", [(), ("a.png", "b.png"), ("readme.txt",)])
-def test_list_items__no_class_folders__is_refused(tmp_path, files):
-    with pytest.raises(Refusal, match="no sub-folders with images"):
+@pytest.mark.parametrize(
+    ("files", "way_out"),
+    [((), "put the images there"), (("a.png", "b.png"), "a sub-folder per class"), (("readme.txt",), "put the images")],
+)
+def test_list_items__no_class_folders__is_refused_with_a_way_out(tmp_path, files, way_out):
+    with pytest.raises(Refusal, match="no sub-folders with images") as caught:
         touch(tmp_path, *files).list_items()
+    assert way_out in caught.value.way_out
+    assert ("2 pictures" in str(caught.value)) == ("a.png" in files)
 
 
 def test_list_items__folder_unreadable_link_loop__ends(tmp_path):

@@ -68,7 +68,8 @@ def test_init__digest__must_match(tmp_path):
         ({"train_images": np.asfortranarray(images(2)), "train_labels": labels(0, 1)}, "Fortran"),
         ({"train_images": images(2), "train_labels": np.ones((2, 3), np.uint8)}, "one class per image"),
         ({"train_images": images(1), "train_labels": labels(4), "label_names": np.array(["a"])}, "from 4 to 4"),
-        ({"train_images": np.array([{}], dtype=object), "train_labels": labels(0)}, "object|cannot be read"),
+        ({"train_images": np.array([{}], dtype=object), "train_labels": labels(0)}, "object"),
+        ({"train_images": images(1), "train_labels": np.array([{}], dtype=object)}, "holds Python objects"),
     ],
 )
 def test_list_items__another_arrangement__is_refused_with_what_was_found(tmp_path, arrays, complaint):
@@ -77,9 +78,19 @@ def test_list_items__another_arrangement__is_refused_with_what_was_found(tmp_pat
 
 
 @pytest.mark.parametrize("content", [b"", b"not a zip at all", b"PK\x03\x04" + bytes(50)])
-def test_list_items__no_archive__is_refused(tmp_path, content):
+def test_list_items__no_archive__is_refused_without_numpys_words(tmp_path, content):
     (tmp_path / "data.npz").write_bytes(content)
-    with pytest.raises(Refusal, match="cannot be read"):
+    with pytest.raises(Refusal, match=r"is no \.npz archive|was cut off") as caught:
+        NpzSource(tmp_path / "data.npz", None, tmp_path, name="data.npz").list_items()
+    assert "pickle" not in str(caught.value)
+    assert "numpy.savez" in caught.value.way_out
+
+
+def test_list_items__archive_cut_in_its_middle__is_refused_as_damaged(tmp_path):
+    source(tmp_path, train_images=images(8), train_labels=labels(*[0, 1] * 4))
+    whole = (tmp_path / "data.npz").read_bytes()
+    (tmp_path / "data.npz").write_bytes(whole[:60] + bytes(100) + whole[160:])
+    with pytest.raises(Refusal, match=r"is damaged|cannot be read"):
         NpzSource(tmp_path / "data.npz", None, tmp_path, name="data.npz").list_items()
 
 

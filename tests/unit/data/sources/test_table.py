@@ -91,6 +91,12 @@ def test_list_items__empty_path__is_refused(tmp_path):
         table(tmp_path, "path,label\na.png,cat\n,dog\n").list_items()
 
 
+def test_list_items__no_file_there_at_all__is_refused_as_that(tmp_path):
+    with pytest.raises(Refusal, match=r"none of them can be opened, e\.g\. x\.png: .*No such file") as caught:
+        table(tmp_path, "path,label\nx.png,cat\ny.png,cat\n").list_items()
+    assert "the column path" in caught.value.way_out
+
+
 def test_list_items__no_label_or_no_file__has_a_fault(tmp_path):
     faults = [item.fault for item in table(tmp_path, "path,label\na.png,\ngone.png,cat\n").list_items()]
     assert faults == ["the column label is empty", "cannot be opened: No such file or directory"]
