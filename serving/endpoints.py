@@ -156,8 +156,9 @@ class Endpoints:
             FeedbackRecord(
                 prediction_id=given.prediction_id,
                 true_label=given.true_label,
-                time_us=time.time_ns() // 1000,
+                time=datetime.now(UTC),
                 caller=exchange.caller.name,
+                request_id=exchange.request_id,
             )
         )
         return Response(orjson.dumps({"prediction_id": given.prediction_id}), 202, media_type=JSON)
@@ -214,7 +215,7 @@ class Endpoints:
         self._predictions.append(
             PredictionRecord(
                 prediction_id=prediction_id,
-                time_us=time.time_ns() // 1000,
+                time=datetime.now(UTC),
                 request_id=exchange.request_id,
                 endpoint=endpoint,
                 label=label,

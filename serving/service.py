@@ -43,7 +43,7 @@ def count_workers(settings: ServingSettings) -> int:
     return settings.workers or len(os.sched_getaffinity(0))
 
 
-class PerchService(bentoml.Service):  # type: ignore[type-arg]
+class PerchService(bentoml.Service):  # type: ignore[misc]
     """A BentoML service whose application answers Perch's API itself."""
 
     def to_asgi(self, is_main: bool = True) -> ASGIApp:
@@ -87,13 +87,7 @@ class PredictionService:
             manifest.labels,
             max_concurrent=settings.max_concurrent,
         )
-        self._predictions = PredictionLog(
-            settings,
-            model=manifest.model,
-            version=manifest.version,
-            onnx_sha256=manifest.onnx_sha256,
-            labels=manifest.labels,
-        )
+        self._predictions = PredictionLog(settings, manifest)
         self._predictions.start()
         self._classifier = Classifier(
             predictor,
@@ -103,6 +97,7 @@ class PredictionService:
             timeout_s=settings.request_timeout_s,
             threads=math.ceil(len(os.sched_getaffinity(0)) / count_workers(settings)),
         )
+        self._classifier.warm_up()
         rate_limiter = RateLimiter(settings.spool_dir)
         self._endpoints = Endpoints(
             release,
@@ -135,7 +130,7 @@ class PredictionService:
         self._metrics.set_ready(True)
         logger.info("ready: %s v%s, %.2f ms an image", manifest.model, manifest.version, 1000 * model_s)
 
-    @bentoml.on_shutdown
+    @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     def close(self) -> None:
         """Ship what is kept; uvicorn calls this when the last answer is out."""
         self._endpoints.ready = False
