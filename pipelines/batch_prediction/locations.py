@@ -99,4 +99,6 @@ def _open_file(store: FileStore, name: str, settings: Settings, path_column: str
 
     # A table source wants a class in every row; here the path, which every row has, stands in for it.
     columns = TableParams(path_column=path_column, label_column=path_column)
-    return TableSource(store, name, columns, settings.ingest_cache_dir)
+    return TableSource(
+        store, name, columns, settings.ingest_cache_dir, way_out="name the column of paths with --path-column"
+    )

@@ -18,6 +18,7 @@ from pipelines.errors import Refusal
 from pipelines.params import TableParams
 
 _ROWS_AT_ONCE = 10_000
+_WAY_OUT = "name its columns under data_ingestion.table in params.yaml; null where it has no such column"
 
 
 class TableSource:
@@ -28,10 +29,14 @@ class TableSource:
         name: the table's file name, ending in `.csv` or `.parquet`.
         columns: which column means what.
         cache_dir: for a copy of a table that lies elsewhere.
+        way_out: what to do where a column is missing.
     """
 
-    def __init__(self, store: FileStore, name: str, columns: TableParams, cache_dir: Path) -> None:
+    def __init__(
+        self, store: FileStore, name: str, columns: TableParams, cache_dir: Path, *, way_out: str = _WAY_OUT
+    ) -> None:
         self._store, self._name, self._columns, self._cache_dir = store, name, columns, cache_dir
+        self._way_out = way_out
         self.identity = f"table {store.identity}/{name}"
         self.concurrent_reads = store.concurrent_reads
 
@@ -43,17 +48,14 @@ class TableSource:
                 its files are missing.
         """
         columns = self._columns
-        wanted = [
-            name
-            for name in (
-                columns.path_column,
-                columns.label_column,
-                columns.split_column,
-                columns.group_column,
-                columns.arrived_column,
-            )
-            if name is not None
-        ]
+        named = (
+            columns.path_column,
+            columns.label_column,
+            columns.split_column,
+            columns.group_column,
+            columns.arrived_column,
+        )
+        wanted = [name for name in dict.fromkeys(named) if name is not None]
         items = []
         for number, row in enumerate(self._rows(wanted), start=1):
             where = f"row {number} of {self._name}"
@@ -126,7 +128,7 @@ class TableSource:
             raise Refusal(
                 f"the table {self._name}",
                 f"has no column {', '.join(missing)}; it has {', '.join(present) or 'none'}",
-                way_out="name its columns under data_ingestion.table in params.yaml; null where it has no such column",
+                way_out=self._way_out,
             )
 
 
