@@ -18,7 +18,7 @@ from starlette.responses import Response
 
 from pipelines.core.prediction_ids import new_prediction_id
 from serving.authentication import Authenticator, Caller, require
-# SETTLED with helper D: RequestLog.log_request(...) and Tracing.begin(...)/RequestTrace.end(...) as in your first version (no globals, no context managers).
+
 from serving.logs import RequestLog
 from serving.metrics import OTHER_ROUTE, ServiceMetrics
 from serving.problems import INTERNAL, METHOD_NOT_ALLOWED, NOT_FOUND, OVERLOADED, Problem
@@ -100,7 +100,7 @@ class Api:
         request_log: RequestLog,
         model_version: str,
     ) -> None:
-        self._endpoints = endpoints
+        self.endpoints = endpoints
         self._authenticator, self._rate_limiter = authenticator, rate_limiter
         self._metrics, self._tracing = metrics, tracing
         self._request_log = request_log
@@ -112,7 +112,7 @@ class Api:
         request = Request(scope, receive)
         headers = request.headers
         method, path = scope["method"], scope["path"]
-        route = path if path in self._endpoints else OTHER_ROUTE
+        route = path if path in self.endpoints else OTHER_ROUTE
         given = headers.get("x-request-id")
         request_id = given if given and _SANE_REQUEST_ID.fullmatch(given) else new_prediction_id()
         trace = self._tracing.begin(method, route, headers.get("traceparent"), headers.get("tracestate", ""))
@@ -171,7 +171,7 @@ class Api:
             )
 
     def _find(self, path: str, method: str) -> Endpoint:
-        methods = self._endpoints.get(path)
+        methods = self.endpoints.get(path)
         if methods is None:
             raise Problem(NOT_FOUND, "Nothing is served at this path; /v1/openapi.json lists what is.")
         endpoint = methods.get(method)

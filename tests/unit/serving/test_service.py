@@ -1,0 +1,246 @@
+"""The service's application as BentoML makes it, over a tiny real model, without a socket."""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from pipelines.core.api_keys import ApiKeyFile, Scope, new_key, write_keys
+from pipelines.core.prediction_ids import new_prediction_id
+from serving import release as release_module
+from serving.problems import MEDIA_TYPE
+from serving.settings import get_serving_settings
+from tests.unit.serving.conftest import MakeImage
+
+SCOPES = {"all": tuple(Scope), "predictor": (Scope.PREDICT,), "slow": (Scope.PREDICT,)}
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> dict[str, str]:
+    """API keys by name; `slow` may ask twice."""
+    secrets, entries = {}, []
+    for name, scopes in SCOPES.items():
+        rate, burst = (0.001, 2) if name == "slow" else (10_000, 10_000)
+        secrets[name], entry = new_key(name, scopes, rate_per_s=rate, burst=burst)
+        entries.append(entry)
+    write_keys(tmp_path / "api-keys.json", ApiKeyFile(keys=tuple(entries)))
+    return secrets
+
+
+@pytest.fixture
+def client(
+    tmp_path: Path, release_folder: Path, keys: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[TestClient]:
+    monkeypatch.setattr(release_module, "_PACKED", release_folder)
+    environment = {
+        "API_KEYS_FILE": tmp_path / "api-keys.json",
+        "PREDICTIONS_URL": tmp_path / "predictions",
+        "SPOOL_DIR": tmp_path / "spool",
+        "MAX_BODY_BYTES": 20_000,
+        "MAX_PIXELS": 40_000,
+        "MAX_BATCH_ITEMS": 4,
+        "WORKERS": 1,
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(f"PERCH_SERVING_{name}", str(value))
+    get_serving_settings.cache_clear()
+    from serving.service import service
+
+    loggers = [logging.getLogger(name) for name in (None, "bentoml", "uvicorn", "serving", "pipelines")]
+    before = [(logger, logger.handlers, logger.level, logger.propagate) for logger in loggers]
+    with TestClient(service.to_asgi(), headers={"X-API-Key": keys["all"]}) as client:
+        yield client
+    for logger, logger.handlers, level, logger.propagate in before:
+        logger.setLevel(level)
+    get_serving_settings.cache_clear()
+
+
+def assert_problem(response: object, status: int, slug: str) -> dict[str, object]:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == MEDIA_TYPE
+    body = response.json()
+    assert body["type"] == f"urn:perch:{slug}"
+    assert body["status"] == status
+    assert body["request_id"] == response.headers["x-request-id"]
+    assert response.headers["x-model-version"] == "7"
+    return body
+
+
+def test_predict__raw_body_and_form_field__give_the_same_answer(client: TestClient, make_image: MakeImage) -> None:
+    data = make_image()
+    raw = client.post("/v1/predict", content=data)
+    form = client.post("/v1/predict", files={"image": ("name.txt", data, "text/plain")})
+    assert raw.status_code == form.status_code == 200
+    assert raw.json()["probabilities"] == form.json()["probabilities"]
+    assert raw.json()["prediction_id"] != form.json()["prediction_id"]
+    assert raw.json()["model"] == {"name": "shapes-classification", "version": "7"}
+    assert raw.json()["label"] == max(raw.json()["probabilities"], key=raw.json()["probabilities"].__getitem__)
+    assert raw.headers["x-model-version"] == "7"
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"), [("job-7.a_B", True), ("", False), ("a b", False), ("x" * 129, False), ("é", False)]
+)
+def test_request_id__of_the_client__is_taken_only_if_sane(client: TestClient, given: str, taken: bool) -> None:
+    response = client.get("/livez", headers={"X-Request-ID": given.encode()})
+    assert (response.headers["x-request-id"] == given) is taken
+    assert response.headers["x-request-id"]
+
+
+def test_predict__without_a_key__is_401_with_a_challenge(client: TestClient, make_image: MakeImage) -> None:
+    response = client.post("/v1/predict", content=make_image(), headers={"X-API-Key": "perch_nobody"})
+    assert_problem(response, 401, "unauthorized")
+    assert response.headers["www-authenticate"].startswith("Bearer")
+
+
+def test_metrics__key_without_the_scope__is_403(client: TestClient, keys: dict[str, str]) -> None:
+    assert_problem(client.get("/metrics", headers={"X-API-Key": keys["predictor"]}), 403, "forbidden")
+    assert b"perch_requests_total" in client.get("/metrics").content
+
+
+def test_unknown_path_and_method__are_404_and_405(client: TestClient) -> None:
+    assert_problem(client.get("/v2/predict"), 404, "not-found")
+    assert_problem(client.get("/schema.json"), 404, "not-found")
+    refused = client.get("/v1/predict")
+    assert_problem(refused, 405, "method-not-allowed")
+    assert refused.headers["allow"] == "POST"
+
+
+def test_predict__body_over_the_limit__is_413_and_closes(client: TestClient) -> None:
+    response = client.post("/v1/predict", content=bytes(20_001))
+    assert_problem(response, 413, "too-large")
+    assert response.headers["connection"] == "close"
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "slug"),
+    [
+        (b"", 400, "bad-request"),
+        (b"just text", 415, "unsupported-media"),
+        (b"\x89PNG\r\n\x1a\n??", 422, "unreadable-image"),
+    ],
+)
+def test_predict__bytes_that_are_no_image__are_named(
+    client: TestClient, content: bytes, status: int, slug: str
+) -> None:
+    assert_problem(client.post("/v1/predict", content=content), status, slug)
+
+
+def test_predict__bomb_of_pixels__is_refused_by_its_header(client: TestClient, make_image: MakeImage) -> None:
+    import io
+
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.new("1", (9000, 9000)).save(stream, "PNG")
+    assert_problem(client.post("/v1/predict", content=stream.getvalue()), 422, "too-many-pixels")
+
+
+def test_predict__rate_used_up__is_429_with_the_time_to_wait(
+    client: TestClient, keys: dict[str, str], make_image: MakeImage
+) -> None:
+    headers = {"X-API-Key": keys["slow"]}
+    assert [client.post("/v1/predict", content=make_image(), headers=headers).status_code for _ in range(2)] == [
+        200,
+        200,
+    ]
+    response = client.post("/v1/predict", content=make_image(), headers=headers)
+    assert_problem(response, 429, "rate-limited")
+    assert int(response.headers["retry-after"]) >= 1
+
+
+def test_batch__some_items_broken__are_problems_in_their_place(client: TestClient, make_image: MakeImage) -> None:
+    files = [("image", make_image(seed=1)), ("image", b"text"), ("image", make_image(seed=2))]
+    response = client.post("/v1/predict/batch", files=files)
+    body = response.json()
+    assert response.status_code == 200
+    assert (body["succeeded"], body["failed"]) == (2, 1)
+    assert [result["index"] for result in body["results"]] == [0, 1, 2]
+    assert body["results"][1]["problem"]["type"] == "urn:perch:unsupported-media"
+    alone = client.post("/v1/predict", content=make_image(seed=2)).json()
+    assert body["results"][2]["probabilities"] == alone["probabilities"]
+
+
+def test_batch__too_many_items_none_or_no_form__are_refused(client: TestClient, make_image: MakeImage) -> None:
+    many = [("image", make_image())] * 5
+    assert_problem(client.post("/v1/predict/batch", files=many), 413, "too-large")
+    assert_problem(client.post("/v1/predict/batch", files=[("scan", b"x")]), 422, "invalid-field")
+    assert_problem(client.post("/v1/predict/batch", content=make_image()), 400, "bad-request")
+
+
+def test_feedback__of_an_answer__is_kept(client: TestClient, make_image: MakeImage, tmp_path: Path) -> None:
+    prediction_id = client.post("/v1/predict", content=make_image()).json()["prediction_id"]
+    response = client.post("/v1/feedback", json={"prediction_id": prediction_id, "true_label": "square"})
+    assert (response.status_code, response.json()) == (202, {"prediction_id": prediction_id})
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "slug"),
+    [
+        (b"{", 400, "bad-request"),
+        (b"[]", 422, "invalid-field"),
+        (json.dumps({"prediction_id": "x", "true_label": "square"}).encode(), 422, "invalid-field"),
+        (
+            json.dumps({"prediction_id": "7ZZZZZZZZZZZZZZZZZZZZZZZZZ", "true_label": "square"}).encode(),
+            422,
+            "invalid-field",
+        ),
+        (json.dumps({"prediction_id": new_prediction_id(), "true_label": "cat"}).encode(), 422, "invalid-field"),
+        (
+            json.dumps({"prediction_id": new_prediction_id(), "true_label": "square", "x": 1}).encode(),
+            422,
+            "invalid-field",
+        ),
+    ],
+)
+def test_feedback__that_makes_no_sense__is_refused(client: TestClient, body: bytes, status: int, slug: str) -> None:
+    assert_problem(client.post("/v1/feedback", content=body), status, slug)
+
+
+def test_model__tells_the_whole_manifest(client: TestClient) -> None:
+    body = client.get("/v1/model").json()
+    assert (body["model"], body["version"], body["labels"]) == ("shapes-classification", "7", ["circle", "square"])
+    assert body["metrics"]["test/accuracy"]["low"] == 0.926
+    assert body["input"]["size_px"] == 8
+
+
+def test_probes__need_no_key_and_answer_head(client: TestClient) -> None:
+    for path in ("/livez", "/readyz"):
+        del client.headers["X-API-Key"]
+        assert client.get(path).status_code == client.head(path).status_code == 200
+        client.headers["X-API-Key"] = "perch_whatever"
+
+
+def test_openapi__every_address_of_the_api__is_described(client: TestClient) -> None:
+    document = client.get("/v1/openapi.json").json()
+    from serving.service import service
+
+    served = {
+        (path, method.lower())
+        for path, methods in service.inner.current.api.endpoints.items()
+        for method in methods
+        if method != "HEAD" and path not in {"/docs.json", "/v1/openapi.json", "/metrics"}
+    }
+    described = {(path, method) for path, item in document["paths"].items() for method in item}
+    assert described == served
+
+
+def test_page__at_the_root__shows_the_api(client: TestClient) -> None:
+    assert "swagger" in client.get("/").text
+    assert client.get("/docs.json").json() == client.get("/v1/openapi.json").json()
+
+
+def test_shutdown__predictions_answered__are_all_in_the_store(
+    client: TestClient, make_image: MakeImage, tmp_path: Path
+) -> None:
+    import pyarrow.parquet as pq
+
+    answered = {client.post("/v1/predict", content=make_image(seed=seed)).json()["prediction_id"] for seed in range(5)}
+    client.__exit__(None, None, None)
+    client.__enter__()
+    files = list((tmp_path / "predictions").rglob("*.parquet"))
+    kept = {row["prediction_id"] for file in files for row in pq.ParquetFile(file).read().to_pylist()}
+    assert kept == answered
