@@ -18,7 +18,6 @@ from starlette.responses import Response
 
 from pipelines.core.prediction_ids import new_prediction_id
 from serving.authentication import Authenticator, Caller, require
-
 from serving.logs import RequestLog
 from serving.metrics import OTHER_ROUTE, ServiceMetrics
 from serving.problems import INTERNAL, METHOD_NOT_ALLOWED, NOT_FOUND, OVERLOADED, Problem
