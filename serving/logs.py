@@ -8,6 +8,7 @@ JSON's escapes keep one line one line.
 from __future__ import annotations
 
 import atexit
+import json
 import logging
 import os
 import select
@@ -24,7 +25,7 @@ _LAST_FLUSH_S = 1.0  # at exit, a pipe nobody reads is given up after this
 _MOST_BYTES_WAITING = 4 * 2**20
 # What one write() puts into a pipe stays together up to PIPE_BUF bytes, pipe(7); several workers share standard output.
 _PIPE_BUF = 4096
-_MOST_CHARACTERS = 2000  # of a message or a traceback, so that a line stays below PIPE_BUF in any but strange alphabets
+_MOST_CHARACTERS = 1800  # of a message or a traceback, so that a line stays below PIPE_BUF in any but strange alphabets
 _STANDARD_OUTPUT = 1
 
 # Handlers that BentoML and uvicorn bring; their lines go through ours instead.
@@ -236,7 +237,10 @@ def configure_logging(level: int = logging.INFO, fd: int = _STANDARD_OUTPUT) -> 
 
 
 def _as_json(line: dict[str, Any]) -> bytes:
-    return orjson.dumps(line, default=str, option=orjson.OPT_UTC_Z | orjson.OPT_NON_STR_KEYS)
+    try:
+        return orjson.dumps(line, default=str, option=orjson.OPT_UTC_Z)
+    except TypeError:  # a lone surrogate, as in the name of a file that is not UTF-8
+        return json.dumps(line, default=str).encode()
 
 
 def _shortened(text: str, keep: str) -> str:

@@ -57,6 +57,7 @@ class MetricsEndpoint:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
+    request_queue_size = 32
     allow_reuse_address = True
     _places = threading.BoundedSemaphore(_MOST_AT_ONCE)
 

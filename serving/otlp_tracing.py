@@ -26,6 +26,7 @@ from serving.tracing import RequestTrace, Tracing, parse_traceparent
 _log = logging.getLogger(__name__)
 
 _LAST_EXPORT_S = 3.0  # at the end an endpoint that is away is given up after this; the SDK would wait for 30
+_LONGEST_TRACESTATE = 512  # what the specification asks everybody to pass on
 
 
 class OtlpTracing(Tracing):
@@ -54,7 +55,8 @@ class OtlpTracing(Tracing):
         """A request has arrived: its span begins, below the client's if the client has one."""
         parent = Context()
         if traceparent and parse_traceparent(traceparent):
-            parent = self._propagator.extract({"traceparent": traceparent, "tracestate": tracestate}, parent)
+            state = tracestate if len(tracestate) <= _LONGEST_TRACESTATE else ""
+            parent = self._propagator.extract({"traceparent": traceparent, "tracestate": state}, parent)
         attributes = {"http.request.method": method, "http.route": route}
         span = self._tracer.start_span(f"{method} {route}", parent, SpanKind.SERVER, attributes)
         return _RecordingTrace(self._tracer, span)
