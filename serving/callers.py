@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pipelines.core.api_keys import Scope
+from pipelines.core.scopes import Scope
 from serving.problems import FORBIDDEN, UNAUTHORIZED, Problem
 
 CHALLENGE = 'Bearer realm="perch"'

@@ -204,7 +204,7 @@ class TokenVerifier:
     def __init__(self, issuer: str, audience: str, source: KeySource, *, rate_per_s: float) -> None:
         self._issuer, self._audience, self._source = issuer, audience, source
         self._rate_per_s, self._burst = rate_per_s, default_burst(rate_per_s)
-        # RS256 costs ~50 µs, a lookup 1: the tokens that were good, by their hash, as long as the keys are the same.
+        # RS256 costs 90 µs, ES256 130, a lookup 1: tokens that were good, by their hash, while the keys are the same.
         self._verified: OrderedDict[bytes, tuple[float, Caller]] = OrderedDict()
         self._verified_with: KeySet | None = None
         self._lock = threading.Lock()

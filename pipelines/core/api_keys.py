@@ -16,29 +16,20 @@ import string
 import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from pipelines.core.scopes import Scope
 from pipelines.errors import Refusal
 
+DEFAULT_FILE_NAME = "api-keys.json"  # in PERCH_HOME
 PREFIX = "perch_"
 ID_LENGTH = 8
 SECRET_LENGTH = 43  # the fewest digits of base 62 that hold 256 bits: 43 log2(62) = 256.03
 _DIGITS = string.digits + string.ascii_uppercase + string.ascii_lowercase
 _SMALLEST_DEFAULT_BURST = 64  # a full batch of the default size goes through at once
-
-
-class Scope(StrEnum):
-    """What a credential may do."""
-
-    PREDICT = "predict"
-    EXPLAIN = "explain"
-    FEEDBACK = "feedback"
-    MODEL = "model"
-    METRICS = "metrics"
 
 
 class ApiKey(BaseModel):

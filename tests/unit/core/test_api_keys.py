@@ -12,7 +12,6 @@ import pytest
 
 from pipelines.core.api_keys import (
     ApiKeyFile,
-    Scope,
     default_burst,
     digest_of,
     editing,
@@ -21,6 +20,7 @@ from pipelines.core.api_keys import (
     read_keys,
     write_keys,
 )
+from pipelines.core.scopes import Scope
 from pipelines.errors import Refusal
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from starlette.datastructures import Headers
 
-from pipelines.core.api_keys import ApiKeyFile, Scope, editing, new_key, write_keys
+from pipelines.core.api_keys import ApiKeyFile, editing, new_key, write_keys
+from pipelines.core.scopes import Scope
 from pipelines.errors import Refusal
 from serving.authentication import ALL_SCOPES, Authenticator, Caller, require
 from serving.problems import FORBIDDEN, UNAUTHORIZED, Problem
