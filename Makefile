@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo up down status check format test test-unit test-slow lock bench bench-pneumonia clean
+.PHONY: help env demo up down status check format test test-unit test-slow lock bench bench-serving bench-serving-large soak bench-pneumonia clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 26
@@ -45,6 +45,12 @@ bench: env ## Ingestion, one training epoch, and the DAG, each against its basel
 	$(BIN)/python benchmarks/ingest.py
 	$(BIN)/python benchmarks/training_epoch.py
 	$(BIN)/python benchmarks/orchestration.py
+bench-serving: env ## Perch's service beside other ways to serve the same model (wrk, 20 minutes)
+	$(BIN)/python -m benchmarks.serving
+bench-serving-large: env ## One image through EfficientNet-B4, by threads and precision
+	$(BIN)/python -m benchmarks.serving_large
+soak: env ## Thirty minutes of good, bad and slow clients, a shutdown and a kill (SOAK_MINUTES=30)
+	$(BIN)/python -m benchmarks.soak --minutes $(or $(SOAK_MINUTES),30)
 bench-pneumonia: env ## Five seeds on PneumoniaMNIST, beside the published table
 	$(BIN)/python benchmarks/pneumonia.py
 

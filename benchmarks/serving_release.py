@@ -12,7 +12,8 @@ from benchmarks.serving_model import BenchModel
 from pipelines.core.api_keys import ApiKeyFile, Scope, new_key, write_keys
 from pipelines.settings import Settings
 
-PROJECT = Path(__file__).parents[1]
+_ANY_RATE_PER_S, _ANY_BURST = 1e6, 10_000_000
+_SLOW_RATE_PER_S, _SLOW_BURST = 2.0, 2
 
 
 @dataclass(frozen=True)
@@ -20,29 +21,20 @@ class ServedRelease:
     """A release and what its server is given.
 
     Attributes:
-        folder: of this benchmark; the server's files lie below it.
+        address: of the release in an artifact store.
+        folder: the servers' files lie below it.
         api_key: may do everything, at any rate.
-        slow_key: may predict, and not often.
+        slow_key: may predict twice a second.
     """
 
+    address: str
     folder: Path
     api_key: str
     slow_key: str
 
     def command(self, port: int) -> list[str]:
         """Serve on a port of the loopback interface."""
-        bentoml = str(Path(sys.executable).parent / "bentoml")
-        return [
-            bentoml,
-            "serve",
-            "serving.service:service",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-            "--working-dir",
-            str(self.folder / "source"),
-        ]
+        return [sys.executable, "-m", "serving", self.address, "--host", "127.0.0.1", "--port", str(port)]
 
     @property
     def predictions(self) -> Path:
@@ -50,15 +42,17 @@ class ServedRelease:
         return self.folder / "predictions"
 
     def environment(self, port: int, *, workers: int, **settings: object) -> Mapping[str, str]:
-        """Everything on: keys, limits, metrics, request log, predictions kept.
+        """Everything on: keys, limits, metrics, a log line for each request, predictions kept.
 
         Args:
-            port: names the server's spool, so that two servers do not share one.
-            workers: processes.
+            port: names the server's own folders, as if two servers were on two machines.
+            workers: processes; 0 is one for each core.
             settings: more fields of `ServingSettings`.
         """
         given = {
             "workers": workers,
+            "public_keys": self.folder / "home" / "keys",
+            "cache_dir": self.folder / f"cache-{port}",  # empty: a cold start fetches, verifies and unpacks
             "api_keys_file": self.folder / "api-keys.json",
             "predictions_url": self.predictions,
             "spool_dir": self.folder / f"spool-{port}",
@@ -67,35 +61,24 @@ class ServedRelease:
         return {f"PERCH_SERVING_{name.upper()}": str(value) for name, value in given.items()}
 
 
-def prepare_release(_settings: Settings, model: BenchModel, folder: Path) -> ServedRelease:
-    """Package a registered version and make its keys."""
-    source = folder / "source"
-    for package in ("serving", "pipelines"):
-        shutil.copytree(PROJECT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
-    (source / "release").mkdir()
-    onnx = model.onnx
-    shutil.copyfile(onnx, source / "release" / "model.onnx")
-    import hashlib
+def prepare_release(settings: Settings, model: BenchModel, folder: Path) -> ServedRelease:
+    """Package a registered version in a home of the benchmark's own, and make two API keys.
 
-    from pipelines.core.release_unit import ReleaseManifest
+    Args:
+        settings: of the home that the version is registered in; it is only read.
+        model: the version.
+        folder: of the benchmark.
+    """
+    from pipelines.stages.model_packaging import package_version
 
-    digest = hashlib.sha256(onnx.read_bytes()).hexdigest()
-    m = ReleaseManifest(
-        model=model.name,
-        version=str(model.version),
-        labels=model.contract.labels,
-        input=model.contract.input,
-        metrics={},
-        run_id="x",
-        mlflow_run_id="x",
-        git_sha="0" * 40,
-        service_git_sha="0" * 40,
-        data_sha256=digest,
-        onnx_sha256=digest,
-        registered_at="2026-11-21T00:00:00Z",
-    )
-    (source / "release" / "release.json").write_text(m.model_dump_json())
-    key, record = new_key("benchmark", tuple(Scope), rate_per_s=1e6, burst=10_000_000)
-    slow_key, slow = new_key("slow", (Scope.PREDICT,), rate_per_s=5.0, burst=5)
+    home = folder / "home"
+    home.mkdir()
+    if settings.home.joinpath("mlflow").is_dir():  # its files stay where they are: MLflow keeps absolute addresses
+        shutil.copytree(settings.home / "mlflow", home / "mlflow", ignore=shutil.ignore_patterns("artifacts"))
+    for file in settings.home.glob("ledger.db*"):
+        shutil.copy(file, home)
+    package = package_version(settings.model_copy(update={"home": home}), model.name, model.version, make_key=True)
+    key, record = new_key("benchmark", tuple(Scope), rate_per_s=_ANY_RATE_PER_S, burst=_ANY_BURST)
+    slow_key, slow = new_key("slow", (Scope.PREDICT,), rate_per_s=_SLOW_RATE_PER_S, burst=_SLOW_BURST)
     write_keys(folder / "api-keys.json", ApiKeyFile(keys=(record, slow)))
-    return ServedRelease(folder, key, slow_key)
+    return ServedRelease(package.address, folder, key, slow_key)
