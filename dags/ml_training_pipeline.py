@@ -1,4 +1,4 @@
-"""From images to a registered model, every Sunday at 02:00 UTC: the stages of `dvc.yaml`, then the registry."""
+"""From images to a registered and packaged model, every Sunday at 02:00 UTC: the stages of `dvc.yaml`, then the registry."""
 
 from __future__ import annotations
 
@@ -32,5 +32,6 @@ with DAG(
     chain(
         last,
         StageOperator(stage="model_registration", doc_md="Register the model, if it passed the gate."),
+        StageOperator(stage="model_packaging", doc_md="Make one signed file of the model and its service."),
         StageOperator(stage="notify_team", doc_md="Tell the team what was registered and where its card is."),
     )

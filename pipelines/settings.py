@@ -45,6 +45,15 @@ class Settings(BaseSettings):
     )
     workers: int = Field(0, ge=0, description="Threads that decode images; 0 takes one per core.")
     s3_endpoint_url: str = Field("", description="Endpoint of an S3-compatible store; empty is AWS.")
+    releases_url: str = Field(
+        "", description="Folder or s3://bucket/prefix that keeps releases; empty is a folder in the home."
+    )
+    predictions_url: str = Field(
+        "", description="Folder or s3://bucket/prefix that keeps predictions; empty is a folder in the home."
+    )
+    signing_key: Folder | None = Field(
+        None, description="Private key that signs releases; by default the one that `perch keys init` makes."
+    )
 
     @property
     def runs_dir(self) -> Path:
@@ -60,6 +69,16 @@ class Settings(BaseSettings):
     def ingest_cache_dir(self) -> Path:
         """What earlier ingestions read, so that the next reads only what is new."""
         return self.home / "ingest-cache"
+
+    @property
+    def releases_dir(self) -> Path:
+        """Where releases lie when no other place is named."""
+        return self.home / "releases"
+
+    @property
+    def keys_dir(self) -> Path:
+        """Key pairs that sign releases."""
+        return self.home / "keys"
 
     @property
     def tracking_uri(self) -> str:

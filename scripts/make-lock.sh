@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Resolves pyproject.toml into requirements.lock: one environment for everything on Python 3.11 to 3.13, no addresses.
+# Resolves pyproject.toml into requirements.lock: one environment for everything on Python 3.11 to 3.13, no addresses;
+# and into serving/requirements.lock: the part of it, in the same versions, that a release needs.
 # PyTorch's build (CPU or CUDA) is the machine's choice, so its local version and CUDA packages stay out of the lock.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,3 +14,11 @@ export UV_FIND_LINKS=${UV_FIND_LINKS:-$("$environment/bin/python" -m pip config 
     sed -E '/^torch==.*\+/d; s/^(torch==[^ ]+) ;.*/\1/; /^(nvidia-|cuda-|triton==)/{/^nvidia-ml-py/!d}'
 } >requirements.lock.new
 mv requirements.lock.new requirements.lock
+
+# The part: a package is in it at the version that the whole environment was tested with, or the resolver says so here.
+{
+  echo "# Made by \`make lock\`: what a release needs, in the versions of the lock above it.  Packed into every release."
+  "$environment/bin/uv" --quiet pip compile pyproject.toml --extra serving --python-version 3.11 --universal \
+    --constraints requirements.lock --no-header --no-annotate
+} >serving/requirements.lock.new
+mv serving/requirements.lock.new serving/requirements.lock

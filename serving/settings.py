@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +16,13 @@ MIB = 2**20
 class ServingSettings(ImageLimits):
     """What a service process is started with, `ImageLimits` among it; the defaults suit one machine."""
 
+    release_url: str = Field("", description="The release to serve: a file, a folder or s3://bucket/prefix.")
+    release_digest: str = Field("", description="SHA-256 of the release; needed where the address does not end in it.")
+    public_keys: str = Field("", description="Trusted public keys: files, or folders of *.pub, separated by colons.")
+    cache_dir: Path = Field(Path("~/.cache/perch"), description="Local folder for fetched and unpacked releases.")
+    s3_endpoint_url: str = Field("", description="Endpoint of an S3-compatible store; empty is AWS.")
+    host: str = Field("0.0.0.0", description="IP address to listen at.")  # noqa: S104
+    port: int = Field(3000, ge=1, le=65535, description="Port to listen on.")
     workers: int = Field(0, ge=0, description="Worker processes; 0 takes one per core.")
 
     max_batch_bytes: int = Field(64 * MIB, gt=0, description="Most bytes of a batch's body.")
@@ -58,6 +66,11 @@ class ServingSettings(ImageLimits):
         description="Port of /metrics alone; 0 serves it beside the API, to keys with the scope `metrics`.",
     )
     log_requests: bool = Field(True, description="One JSON line per request; errors are logged in any case.")
+
+    @property
+    def public_key_places(self) -> list[Path]:
+        """Files and folders of `public_keys`."""
+        return [Path(place).expanduser() for place in self.public_keys.split(os.pathsep) if place]
 
 
 @cache

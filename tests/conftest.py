@@ -86,7 +86,7 @@ def make_run(tmp_path: Path) -> MakeRun:
                 "suites": [{"name": "images", "success": True}, {"name": "splits", "success": True}],
             },
             workspace.evaluation / "verdict.json": {"passed": passed, "checks": [floor, skipped]},
-            workspace.evaluation / "metrics.json": {"test/accuracy": accuracy},
+            workspace.evaluation / "metrics.json": {"overall": {"images": 50, "accuracy": accuracy, "roc_auc": None}},
             workspace.reference / "reference.json": {"kind": "none"},
         }
         _write_onnx(workspace.model / "model.onnx", seed)

@@ -18,12 +18,13 @@ ModelOption = Annotated[str, typer.Option("--model", help="Registered model; the
 
 @app.callback(invoke_without_command=True)
 def list_models(context: typer.Context, model: ModelOption = "") -> None:
-    """List a model's versions: aliases, test accuracy with its interval, when, from which run, on how many images."""
+    """List a model's versions: aliases, test accuracy, images, when, from which run, and the release made of each."""
     if context.invoked_subcommand is not None:
         return
     from rich.table import Table
 
     from pipelines.registry.models import list_versions
+    from pipelines.registry.released_version import packaged_digests
     from pipelines.settings import get_settings
 
     console = wide_console()
@@ -32,12 +33,14 @@ def list_models(context: typer.Context, model: ModelOption = "") -> None:
     if not versions:
         console.print(f"{name} has no registered version yet; `perch run` makes one.", highlight=False)
         return
+    releases = packaged_digests(get_settings(), name)
     table = Table(title=name, title_justify="left", title_style="bold", box=None, pad_edge=False)
     table.add_column("version", style="bold", no_wrap=True)
     table.add_column("aliases", style="green")
     table.add_column("test accuracy", no_wrap=True)
     table.add_column("images", justify="right")
     table.add_column("registered (UTC)", no_wrap=True)
+    table.add_column("release", no_wrap=True)
     table.add_column("run", overflow="fold")
     for version in versions:
         table.add_row(
@@ -46,6 +49,7 @@ def list_models(context: typer.Context, model: ModelOption = "") -> None:
             format_accuracy(version),
             f"{version.data_rows:,}" if version.data_rows is not None else "",
             f"{version.registered_at:%Y-%m-%d %H:%M}",
+            releases.get(version.version, "")[:12],
             version.run_id,
         )
     console.print(table)
@@ -56,19 +60,33 @@ def show_card(
     version: Annotated[str, typer.Argument(help="Number of the version, e.g. 3 or v3.", metavar="VERSION")],
     model: ModelOption = "",
 ) -> None:
-    """Print the model card of a version."""
+    """Print the model card of a version, and which release was made of it."""
     from rich.markdown import Markdown
 
-    from pipelines.errors import Refusal
     from pipelines.registry.models import get_version, read_card
+    from pipelines.registry.released_version import packaged_digests
     from pipelines.settings import get_settings
 
-    digits = version.removeprefix("v")
-    if not digits.isdecimal():
-        raise Refusal("the version", repr(version), limit="a number, e.g. 3", way_out="`perch models` lists them")
     settings = get_settings()
-    found = get_version(settings, model or default_params().model_name, int(digits))
+    found = get_version(settings, model or default_params().model_name, parse_version(version))
     Console().print(Markdown(read_card(settings, found)))
+    release = packaged_digests(settings, found.model).get(found.version)
+    made = f"release {release}" if release else f"no release yet; `perch package {found.version}` makes it"
+    Console(soft_wrap=True, highlight=False).print(f"\n{made}")
+
+
+def parse_version(text: str) -> int:
+    """The number in `3` or `v3`.
+
+    Raises:
+        Refusal: there is none.
+    """
+    from pipelines.errors import Refusal
+
+    digits = text.removeprefix("v")
+    if not digits.isdecimal():
+        raise Refusal("the version", repr(text), limit="a number, e.g. 3", way_out="`perch models` lists them")
+    return int(digits)
 
 
 def format_accuracy(version: RegisteredVersion) -> str:

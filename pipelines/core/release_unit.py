@@ -1,11 +1,12 @@
 """The release unit: one file, named by its SHA-256, and the manifest inside it that says what it is.
 
 The file is an exported Bento.  Among its sources lie `release/model.onnx` and `release/release.json`; beside the file
-in the artifact store lies `<name>.sig`, the signature over it.
+in the artifact store lies `<name>.sig`, the signature over it.  `docs/reference/releases.md` describes both.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,6 +16,8 @@ from pipelines.core.contract import InputContract
 RELEASE_FOLDER = "release"  # in the Bento's sources
 MODEL_FILE = "model.onnx"
 MANIFEST_FILE = "release.json"
+RELEASE_SUFFIX = ".bento"  # BentoML reads the kind of an archive from its name
+SIGNATURE_SUFFIX = ".sig"
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
@@ -47,3 +50,14 @@ class ReleaseManifest(BaseModel):
     data_sha256: Sha256 = Field(description="Digest of the ingested data.")
     onnx_sha256: Sha256 = Field(description="Digest of the model file.")
     registered_at: str = Field(description="When it was registered, UTC, ISO 8601.")
+
+
+def release_name(digest: str) -> str:
+    """Name of the file with this SHA-256 in the artifact store."""
+    return f"{digest}{RELEASE_SUFFIX}"
+
+
+def digest_in_name(name: str) -> str | None:
+    """The SHA-256 that a file is named by; None where it is named otherwise."""
+    found = re.fullmatch(rf"([0-9a-f]{{64}}){re.escape(RELEASE_SUFFIX)}", name)
+    return found[1] if found else None

@@ -79,7 +79,8 @@ def test_training_dag__parsed__has_the_stages_and_edges_of_dvc_yaml(parsed: dict
     assert {name: tasks[name] for name in stages} == expected
     assert {name: tasks[name] for name in tasks.keys() - stages.keys()} == {
         "model_registration": ["model_evaluation"],
-        "notify_team": ["model_registration"],
+        "model_packaging": ["model_registration"],
+        "notify_team": ["model_packaging"],
     }
 
 

@@ -20,7 +20,10 @@ from pipelines.services.airflow_client import AirflowClient
 from tests.integration.conftest import PROJECT, Services
 
 DAG = "ml_training_pipeline"
-STEPS = [*(node.name for node in read_stage_graph(PROJECT / "dvc.yaml")), "model_registration", "notify_team"]
+STEPS = [
+    *(node.name for node in read_stage_graph(PROJECT / "dvc.yaml")),
+    *("model_registration", "model_packaging", "notify_team"),
+]
 FAST = {"epochs": 6, "as_of": "2026-11-01", "source": "digits"}
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(900)]

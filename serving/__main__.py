@@ -1,0 +1,123 @@
+"""`python -m serving RELEASE`: fetch a release, verify it, unpack it, and become the server of what is in it.
+
+Until digest and signature are verified, nothing of the release is unpacked, imported or read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+from pipelines.core.release_signing import find_public_keys, verify_file
+from pipelines.errors import PerchError, Refusal
+from serving.fetching import fetch_release
+from serving.settings import ServingSettings, get_serving_settings
+from serving.unpacking import unpack_release
+
+_OTLP_ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Start the server, or say why not and exit: 65 for a release that is refused, 75 for a store that is away."""
+    options = _parse(arguments)
+    settings = get_serving_settings()
+    try:
+        folder = prepare(
+            settings,
+            options.release or settings.release_url,
+            digest=options.digest or settings.release_digest,
+            public_keys=options.public_key or settings.public_key_places,
+        )
+    except PerchError as error:
+        kind = "refused" if isinstance(error, Refusal) else "failed"
+        print(f"{kind}: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        sys.exit(error.exit_code)
+    host, port = options.host or settings.host, options.port or settings.port
+    command = [sys.executable, "-m", "bentoml", "serve", str(folder), "--host", host, "--port", str(port)]
+    os.execve(sys.executable, command, server_environment(settings, folder))  # noqa: S606
+
+
+def prepare(settings: ServingSettings, release: str, *, digest: str, public_keys: list[Path]) -> Path:
+    """Fetch, verify and unpack a release.
+
+    Returns:
+        Folder of the Bento.
+
+    Raises:
+        Refusal: it is not there, or was not signed by a trusted key, or is not what was signed.
+        TryLater: the store does not answer.
+    """
+    if not release:
+        raise Refusal(
+            "the release",
+            "none is named",
+            limit="a file, a folder or s3://bucket/prefix",
+            way_out="python -m serving RELEASE, or PERCH_SERVING_RELEASE_URL",
+        )
+    started = time.perf_counter()
+    keys = find_public_keys(public_keys)
+    cache = settings.cache_dir.expanduser().absolute()
+    fetched = fetch_release(release, cache / "releases", digest=digest, s3_endpoint_url=settings.s3_endpoint_url)
+    at_fetched = time.perf_counter()
+    signer = verify_file(fetched.file, fetched.digest, fetched.signature, keys)
+    at_verified = time.perf_counter()
+    folder = unpack_release(fetched.file, cache / "unpacked", name=fetched.digest[:12])
+    print(  # noqa: T201
+        f"release {fetched.digest[:12]} signed by {signer}: "
+        f"fetched in {1000 * (at_fetched - started):.0f} ms, verified in {1000 * (at_verified - at_fetched):.0f} ms, "
+        f"unpacked in {1000 * (time.perf_counter() - at_verified):.0f} ms",
+        file=sys.stderr,
+        flush=True,
+    )
+    return folder
+
+
+def server_environment(settings: ServingSettings, bento: Path) -> dict[str, str]:
+    """The environment of the server: this one's, with what BentoML and the libraries below it should know."""
+    environment = dict(os.environ)
+    # Of this server alone: workers keep their counters there, and two servers must not add theirs up.
+    environment["BENTOML_HOME"] = str(bento / ".bentoml")
+    environment["BENTOML_DO_NOT_TRACK"] = "True"
+    environment.setdefault("OMP_NUM_THREADS", str(settings.model_threads))
+    if not any(environment.get(name) for name in _OTLP_ENDPOINTS):
+        environment["OTEL_SDK_DISABLED"] = "true"  # spans are made even where nobody takes them
+    if settings.s3_endpoint_url:
+        environment["AWS_ENDPOINT_URL"] = settings.s3_endpoint_url
+    # BentoML changes into the Bento's folder, where a relative path would mean something else.
+    for name in ("spool_dir", "api_keys_file", "rate_limits_dir"):
+        path = getattr(settings, name)
+        if path is not None:
+            environment[f"PERCH_SERVING_{name.upper()}"] = str(path.expanduser().absolute())
+    for name in ("predictions_url", "jwt_jwks"):
+        place = getattr(settings, name)
+        if place and "://" not in place:
+            environment[f"PERCH_SERVING_{name.upper()}"] = str(Path(place).expanduser().absolute())
+    return environment
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m serving", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument(
+        "release", nargs="?", default="", help="file, folder or s3:// address; PERCH_SERVING_RELEASE_URL by default"
+    )
+    parser.add_argument(
+        "--digest", default="", metavar="SHA256", help="which release of a folder, or which bytes to expect"
+    )
+    parser.add_argument(
+        "--public-key",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="trusted keys, or folders of *.pub; PERCH_SERVING_PUBLIC_KEYS by default",
+    )
+    parser.add_argument("--host", default="", help="address to listen at; PERCH_SERVING_HOST by default")
+    parser.add_argument("--port", type=int, default=0, help="port to listen on; PERCH_SERVING_PORT by default")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()

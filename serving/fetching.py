@@ -1,0 +1,180 @@
+"""Brings a release from where it lies (a file, a folder, a bucket) into this machine's cache, unread and unjudged."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from pipelines.core.release_signing import hash_file
+from pipelines.core.release_unit import RELEASE_SUFFIX, SIGNATURE_SUFFIX, digest_in_name, release_name
+from pipelines.errors import Refusal, TryLater
+
+_S3 = "s3://"
+
+
+@dataclass(frozen=True)
+class FetchedRelease:
+    """A release in the cache; neither digest nor signature is checked yet.
+
+    Attributes:
+        file: the release unit.
+        signature: beside it; need not exist.
+        digest: SHA-256 that the release must have.
+    """
+
+    file: Path
+    signature: Path
+    digest: str
+
+
+def fetch_release(address: str, cache: Path, *, digest: str = "", s3_endpoint_url: str = "") -> FetchedRelease:
+    """Copy a release and its signature into the cache, where nobody changes them between check and use.
+
+    Args:
+        address: a file, a folder, `s3://bucket/prefix/<sha256>.bento` or `s3://bucket/prefix`.
+        cache: folder of this machine.
+        digest: SHA-256 of the release; needed where the address does not end in it.
+        s3_endpoint_url: of the store; empty is AWS, or what `AWS_ENDPOINT_URL` says.
+
+    Raises:
+        Refusal: there is no such release, or the address leaves open which one.
+        TryLater: the store does not answer, and the cache does not have it.
+    """
+    address, digest = _resolve(address, digest)
+    cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+    file = cache / release_name(digest)
+    signature = file.with_name(f"{file.name}{SIGNATURE_SUFFIX}")
+    copy = _bucket_copier(s3_endpoint_url) if address.startswith(_S3) else _copy_file
+    try:
+        if not (file.is_file() and hash_file(file) == digest) and not _fetch(copy, address, file):
+            raise Refusal(
+                f"the release {address}",
+                "does not exist",
+                way_out="`perch models` lists what was packaged; check the address",
+            )
+        if not _fetch(copy, f"{address}{SIGNATURE_SUFFIX}", signature):
+            signature.unlink(missing_ok=True)
+    except TryLater:
+        if not (file.is_file() and signature.is_file()):
+            raise
+        # A name that is a digest cannot have got another meaning: what was fetched before is as good.
+    return FetchedRelease(file, signature, digest)
+
+
+def _resolve(address: str, digest: str) -> tuple[str, str]:
+    """The address of one file, and the digest that it must have."""
+    folder = not address.endswith(RELEASE_SUFFIX)
+    if digest and len(digest) != 64:
+        raise Refusal(
+            "--digest", digest, limit="a SHA-256: 64 hexadecimal digits", way_out="`perch models show VERSION`"
+        )
+    if folder and not digest and not address.startswith(_S3):
+        found = sorted(Path(address).glob(f"*{RELEASE_SUFFIX}"))
+        if len(found) != 1:
+            raise Refusal(
+                f"the folder {address}",
+                f"holds {len(found)} releases",
+                limit="one, where none is named",
+                way_out="name the file, or its SHA-256 with --digest",
+            )
+        folder, address = False, str(found[0])
+    if folder and not digest:
+        raise Refusal(
+            f"the address {address}",
+            "names no release",
+            limit="…/<sha256>.bento",
+            way_out="name one with --digest SHA256",
+        )
+    if folder:
+        return f"{address.rstrip('/')}/{release_name(digest)}", digest
+    named = digest_in_name(address.rpartition("/")[2])
+    if not (digest or named):
+        raise Refusal(
+            f"the release {address}",
+            "is not named by its SHA-256",
+            limit="<sha256>.bento",
+            way_out="say with --digest SHA256 which bytes you expect",
+        )
+    if digest and named and digest != named:
+        raise Refusal(
+            f"the release {address}",
+            f"is not the expected one, {digest[:12]}…",
+            way_out="name the file or its digest, or make them agree",
+        )
+    return address, digest or str(named)
+
+
+def _fetch(copy: Callable[[str, Path], bool], address: str, target: Path) -> bool:
+    draft = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        if not copy(address, draft):
+            return False
+        draft.replace(target)
+    finally:
+        draft.unlink(missing_ok=True)
+    return True
+
+
+def _copy_file(address: str, target: Path) -> bool:
+    try:
+        shutil.copyfile(address, target)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _bucket_copier(endpoint_url: str) -> Callable[[str, Path], bool]:
+    import boto3
+    from botocore.config import Config
+    from botocore.exceptions import ClientError
+
+    endpoint_url = endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3", "") or os.environ.get("AWS_ENDPOINT_URL", "")
+    config = Config(
+        connect_timeout=5,
+        read_timeout=30,
+        retries={"mode": "standard", "max_attempts": 4},
+        # Buckets as host names need a wildcard in the DNS, which only AWS can be counted on to have.
+        s3={"addressing_style": "path" if endpoint_url else "auto"},
+    )
+    with _explained("the artifact store"):
+        client = boto3.Session().client("s3", endpoint_url=endpoint_url or None, config=config)
+
+    def copy(address: str, target: Path) -> bool:
+        parts = urlsplit(address)
+        with _explained(f"the artifact store {_S3}{parts.netloc}"):
+            try:
+                client.download_file(parts.netloc, parts.path.lstrip("/"), str(target))
+            except ClientError as error:
+                if error.response["Error"].get("Code") in {"404", "NoSuchKey"}:
+                    return False
+                raise
+        return True
+
+    return copy
+
+
+@contextlib.contextmanager
+def _explained(name: str) -> Iterator[None]:
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+
+    try:
+        yield
+    except ClientError as error:
+        code, message = error.response["Error"].get("Code", ""), error.response["Error"].get("Message", "")
+        if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) >= 500 or code == "SlowDown":
+            raise TryLater(f"{name} answers {code}: {message}") from error
+        raise Refusal(
+            name, f"answers {code}: {message}", way_out="check the address and what the credentials allow"
+        ) from error
+    except (NoCredentialsError, PartialCredentialsError) as error:
+        raise Refusal(
+            name, f"needs credentials: {error}", way_out="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        ) from error
+    except (BotoCoreError, Boto3Error) as error:
+        raise TryLater(f"{name} cannot be reached: {error}") from error
