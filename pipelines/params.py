@@ -144,7 +144,11 @@ class SmallCNNParams(Section):
 class HuggingFaceParams(Section):
     """Any image classifier that `transformers` can load."""
 
-    checkpoint: str = Field("google/efficientnet-b4", min_length=1, description="A local folder, or a hub name.")
+    checkpoint: str = Field(
+        "google/efficientnet-b4",
+        min_length=1,
+        description="A local folder, relative to that of params.yaml, or a hub name.",
+    )
     pretrained: bool = Field(True, description="false builds the checkpoint's architecture with random weights.")
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pipelines.core.contract import ModelContract
 from pipelines.errors import Refusal
+from pipelines.modeling.preconditions import find_checkpoint_folder
 from pipelines.params import HuggingFaceParams
 
 # Compound scaling of Tan and Le 2019 (arXiv 1905.11946), with the image side, the width of the last convolution, the
@@ -67,6 +68,8 @@ def build_huggingface(params: HuggingFaceParams, contract: ModelContract) -> Hug
         "id2label": dict(enumerate(contract.labels)),
         "label2id": {label: index for index, label in enumerate(contract.labels)},
     }
+    if folder := find_checkpoint_folder(params.checkpoint):
+        params = params.model_copy(update={"checkpoint": str(folder)})
     with _quiet_transformers():
         model = _load_pretrained(params, overrides) if params.pretrained else _build_random(params, contract, overrides)
     _calm_batch_norm(model)

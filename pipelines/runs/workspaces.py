@@ -21,6 +21,7 @@ import pipelines
 from pipelines.core.results import write_json
 from pipelines.core.workspace import Workspace
 from pipelines.errors import Refusal
+from pipelines.modeling.preconditions import check_training_preconditions
 from pipelines.params import Params, check_params, override
 from pipelines.settings import Settings
 
@@ -68,7 +69,8 @@ def open_workspace(
         as_of: the run's date, used when neither `params.yaml` nor the overrides name one; today when None.
 
     Raises:
-        Refusal: a parameter is bad, or the run exists with other overrides.
+        Refusal: a parameter is bad, training could not begin here, or the run exists with other overrides.
+        TryLater: the hub that should have the network's checkpoint does not answer.
     """
     workspace = workspace_of(settings, run_id)
     # As JSON keeps them, from the start: YAML reads a date as a date, and the run's record is JSON.
@@ -93,6 +95,7 @@ def open_workspace(
         return workspace
 
     params = resolve_params(settings, overrides, as_of=as_of)
+    check_training_preconditions(params.model_training)
     _refuse_full_disk(settings.home)
     settings.runs_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".opening-", dir=settings.runs_dir) as temporary:
