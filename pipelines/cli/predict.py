@@ -28,6 +28,13 @@ def predict(
     version: Annotated[
         str, typer.Option("--version", help="Its version; by default the champion, else the latest candidate.")
     ] = "",
+    release: Annotated[
+        Path | None, typer.Option("--release", help="A packaged release, <sha256>.bento, to predict with its model.")
+    ] = None,
+    public_key: Annotated[
+        list[Path] | None,
+        typer.Option("--public-key", help="Trusted key of a release, or folder of *.pub; the home's keys by default."),
+    ] = None,
     path_column: Annotated[str, typer.Option("--path-column", help="Column of a table that holds the paths.")] = "path",
 ) -> None:
     """Predict every image of a folder, table or bucket; killed and given again, it goes on where it was."""
@@ -35,14 +42,23 @@ def predict(
 
     from pipelines.batch_prediction.locations import open_location
     from pipelines.batch_prediction.prediction import predict_source
+    from pipelines.batch_prediction.released_model import take_released_model
     from pipelines.core.image_limits import ImageLimits
     from pipelines.data.sources.opening import without_secrets
+    from pipelines.errors import Refusal
     from pipelines.settings import get_settings
 
+    if release is not None and (model or version):
+        raise Refusal(
+            "--release", f"{release} beside --model or --version", limit="one of them", way_out="a release says itself"
+        )
     settings = get_settings()
     source = open_location(location, settings, path_column=path_column, out=out)
     with tempfile.TemporaryDirectory(prefix="perch-model-") as folder:
-        model_file, identity = _fetch(settings, model, version, Path(folder))
+        if release is None:
+            model_file, identity = _fetch(settings, model, version, Path(folder))
+        else:
+            model_file, identity = take_released_model(release, public_key or [settings.keys_dir], Path(folder))
         typer.echo(f"{identity.name} v{identity.version} · onnx sha256:{identity.onnx_sha256[:12]}…", err=True)
         try:
             predicted = predict_source(
@@ -64,18 +80,14 @@ def predict(
 def _fetch(settings: Settings, model: str, version: str, into: Path) -> tuple[Path, ModelIdentity]:
     """The model's file, held against registry and ledger, and its name."""
     from pipelines.batch_prediction.rows import ModelIdentity
-    from pipelines.cli.models import default_params
-    from pipelines.errors import Refusal
+    from pipelines.cli.models import default_params, parse_version
     from pipelines.registry.model_files import fetch_model_file
 
-    digits = version.removeprefix("v")
-    if version and not digits.isdecimal():
-        raise Refusal("--version", repr(version), limit="a number, e.g. 3", way_out="`perch models` lists them")
     params = default_params()
     fetched = fetch_model_file(
         settings,
         model or params.model_name,
-        int(digits) if digits else None,
+        parse_version(version) if version else None,
         into,
         candidate_alias=params.model_registration.candidate_alias,
     )

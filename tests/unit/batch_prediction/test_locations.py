@@ -42,7 +42,7 @@ def test_table__paths_without_classes__are_predicted_in_its_order(
 
 def test_table__no_column_of_that_name__is_refused_with_those_it_has(predict: Predict, tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("file\na.png\n")
-    with pytest.raises(Refusal, match="(?s)no column path; it has file.*--path-column"):
+    with pytest.raises(Refusal, match=r"(?s)no column path; it has file.*--path-column"):
         predict(tmp_path / "list.csv")
 
 
