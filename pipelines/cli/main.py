@@ -10,7 +10,19 @@ import sys
 import typer
 
 from pipelines import __version__
-from pipelines.cli import api_keys, expectations, ledger, models, params, predict, releases, runs, services, stages
+from pipelines.cli import (
+    api_keys,
+    expectations,
+    ledger,
+    models,
+    params,
+    predict,
+    predictions,
+    releases,
+    runs,
+    services,
+    stages,
+)
 from pipelines.cli.printing import print_error
 from pipelines.errors import PerchError
 
@@ -48,6 +60,8 @@ app.command("predict", rich_help_panel="Run")(predict.predict)
 app.command("params", rich_help_panel="Look and check")(params.show)
 app.add_typer(models.app, name="models", rich_help_panel="Look and check")
 app.add_typer(ledger.app, name="ledger", rich_help_panel="Look and check")
+app.command("predictions", rich_help_panel="Look and check")(predictions.list_predictions)
+app.command("why", rich_help_panel="Look and check")(predictions.why)
 app.add_typer(expectations.app, name="expectations", rich_help_panel="Look and check")
 app.add_typer(api_keys.app, name="api-keys", rich_help_panel="Look and check")
 

@@ -1,0 +1,1 @@
+"""Kept predictions: finding, querying and explaining what the service said."""
