@@ -138,7 +138,9 @@ def evaluate(
             way_out="run model_training again on these splits",
         )
     some = choose_images(data.images)
-    with show_progress("evaluating", len(data) + behaviour.count_predictions(some)) as progress:
+    copies = behaviour.count_predictions(some)
+    title = f"evaluating {len(data):,} test images and {copies:,} copies for the behaviour tests:"
+    with show_progress(title, len(data) + copies) as progress:
         predictor.observe = progress.advance
         probabilities = check_probabilities(predictor.predict(data.images), "the model's probabilities")
         invariances = behaviour.check_invariances(predictor, some, confidence=how.confidence, seed=how.seed)

@@ -104,6 +104,7 @@ class ModelCard:
                 scores=self.evaluation.scores,
                 verdict=self.verdict,
                 judged=judged,
+                unjudged=len(self.verdict.checks) - len(judged),
                 checks={check.name: check for check in self.verdict.checks},
                 side_by_side={row.name: row for row in _side_by_side(self.evaluation)},
                 wrong=_wrong_predictions(self.evaluation, self.worst_errors),

@@ -29,7 +29,7 @@ def run(params: Params, workspace: Workspace) -> DataPreprocessingResult:
         cache_dir=settings.ingest_cache_dir,
         threads=settings.decode_workers,
     )
-    summary = " / ".join(f"{counts[split]:,}" for split in SPLITS)
+    summary = " / ".join(f"{split} {counts[split]:,}" for split in SPLITS)
     left_out = ", ".join(f"{counts[reason]:,} {reason}s" for reason in (DUPLICATE, OUTLIER) if counts[reason])
     return DataPreprocessingResult(
         summary=summary + (f"; left out: {left_out}" if left_out else ""),

@@ -206,5 +206,6 @@ def _fingerprint(params: Params, settings: ModelTrainingParams, workspace: Works
 
 
 def _summarise(record: TrainingRecord, epochs: int, accuracy: float) -> str:
-    stopped = ", stopped early" if record.stopped_early else ""
-    return f"epoch {record.best_epoch} of {epochs}{stopped}, val/accuracy {accuracy:.3f}"
+    """How long it trained and which epoch's weights are kept; they are rarely the last one's."""
+    trained = f"stopped after epoch {record.epochs_run} of {epochs}" if record.stopped_early else f"{epochs} epochs"
+    return f"{trained}, best {record.best_epoch}, val/accuracy {accuracy:.3f}"

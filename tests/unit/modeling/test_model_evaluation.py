@@ -35,7 +35,9 @@ def digest(folder: Path) -> dict[str, str]:
     }
 
 
-def test_run__first_model__passes_and_says_that_there_is_no_champion(make_evaluation_run: Any) -> None:
+def test_run__first_model__passes_and_says_that_there_is_no_champion(
+    make_evaluation_run: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = make_evaluation_run()
     result = evaluate(run)
     assert result.passed
@@ -48,6 +50,15 @@ def test_run__first_model__passes_and_says_that_there_is_no_champion(make_evalua
         assert not checks[name]["judged"]
         assert checks[name]["passed"]
         assert checks[name]["detail"] == "no champion yet"
+    judged = sum(check["judged"] for check in checks.values())
+    for card in ("model_card.md", "model_card.html"):
+        text = (run.workspace.evaluation / card).read_text()
+        assert f"Passed all {judged} checks that can be judged" in text
+        assert (
+            f"{len(checks) - judged} more of the {len(checks)} under “Every check” cannot be judged: no champion"
+            in text
+        )
+    assert "test images and" in capsys.readouterr().err
     assert digest(run.workspace.evaluation).keys() == {
         "figures/confusion.png",
         "figures/reliability.png",

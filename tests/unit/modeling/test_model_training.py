@@ -42,12 +42,21 @@ def test_run__digits__leaves_the_files_of_the_contract(training_workspace):
     assert record["parity_images"] == 60
     assert record["parity_max_difference"] == result.metrics["model/parity_difference"] < 1e-4
     assert record["int8"]["kept"] is False
-    assert result.summary == (f"epoch {record['best_epoch']} of 3, val/accuracy {result.metrics['val/accuracy']:.3f}")
+    assert result.summary == f"3 epochs, best {record['best_epoch']}, val/accuracy {result.metrics['val/accuracy']:.3f}"
     rows = list(csv.DictReader((training_workspace.model / "curves.csv").open()))
     best = {row["metric"]: float(row["value"]) for row in rows if int(row["epoch"]) == record["best_epoch"]}
     assert best["val/loss"] == pytest.approx(result.metrics["val/loss"])
     assert not training_workspace.checkpoints.exists()
     assert open_session(training_workspace.model / "model.onnx")
+
+
+def test_run__stopped_early__says_after_which_epoch_and_which_was_best(training_workspace):
+    result = model_training.run(make_params(epochs=9, patience_epochs=1, learning_rate=0.5), training_workspace)
+    record = json.loads((training_workspace.model / "training.json").read_text())
+    assert record["stopped_early"]
+    start = f"stopped after epoch {record['epochs_run']} of 9, best {record['best_epoch']}, val/accuracy"
+    assert result.summary.startswith(start)
+    assert record["best_epoch"] < record["epochs_run"] < 9
 
 
 def test_run__again__same_bytes(training_workspace):

@@ -38,7 +38,7 @@ def test_run__digits_of_the_first_week__goes_from_source_to_features(workspace):
     split = data_preprocessing.run(params, workspace)
     counts = [int(split.metrics[f"data/{name}_images"]) for name in ("train", "val", "test")]
     assert sum(counts) == 897
-    assert split.summary == "{} / {} / {}".format(*counts)
+    assert split.summary == "train {} / val {} / test {}".format(*counts)
     features = feature_engineering.run(params, workspace)
     assert features.summary == "12 features"
     statistics = json.loads((workspace.features / "statistics.json").read_text())
