@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from pipelines.cli.serve import serve
+
 _PANEL = "Services on this machine"
 
 
@@ -15,10 +17,11 @@ def add_commands(app: typer.Typer) -> None:
     app.command("up", rich_help_panel=_PANEL)(up)
     app.command("status", rich_help_panel=_PANEL)(status)
     app.command("down", rich_help_panel=_PANEL)(down)
+    app.command("serve", rich_help_panel=_PANEL)(serve)
 
 
 def up() -> None:
-    """Start MLflow and Airflow here, supervised, on free ports; what already runs is left alone."""
+    """Start MLflow, Airflow and, once a version is packaged, the prediction service, supervised, on free ports."""
     from rich.console import Console
 
     from pipelines.services.secrets import passwords_file
@@ -26,12 +29,14 @@ def up() -> None:
     from pipelines.settings import get_settings
 
     settings = get_settings()
-    console = Console()
+    console, stack = Console(), Stack(settings)
     with console.status("starting services") as spinner:
-        ports = Stack(settings).up(spinner.update)
+        ports = stack.up(spinner.update)
     console.print(
         f"MLflow   {ports.mlflow_uri}\nAirflow  {ports.airflow_uri}  (admin / see {passwords_file(settings)})"
     )
+    if "serving" in stack.status():
+        console.print(f"Serving  {ports.serving_uri}")
 
 
 def status() -> None:
@@ -46,16 +51,17 @@ def status() -> None:
     states = stack.status()
     console = Console()
     if not states:
-        console.print("nothing is up; `perch up` starts MLflow and Airflow")
+        console.print("nothing is up; `perch up` starts everything")
         raise typer.Exit(1)
     table = Table("program", "state", box=None)
     for program, state in states.items():
         table.add_row(program, f"[{'green' if state == 'RUNNING' else 'red'}]{state}")
     console.print(table)
     ports = stack.ports()
-    console.print(
-        f"MLflow   {ports.mlflow_uri}\nAirflow  {ports.airflow_uri}\nmemory   {stack.memory_bytes() / 1e9:.1f} GB"
-    )
+    console.print(f"MLflow   {ports.mlflow_uri}\nAirflow  {ports.airflow_uri}")
+    if "serving" in states:
+        console.print(f"Serving  {ports.serving_uri}")
+    console.print(f"memory   {stack.memory_bytes() / 1e9:.1f} GB")
     if any(state != "RUNNING" for state in states.values()):
         raise typer.Exit(1)
 

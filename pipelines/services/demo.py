@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from typing import Any
 
+import httpx
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.spinner import Spinner
@@ -18,7 +19,7 @@ from pipelines.core.stage_graph import read_stage_graph
 from pipelines.errors import PerchError
 from pipelines.services.airflow_client import AirflowClient, TaskState
 from pipelines.services.programs import Ports
-from pipelines.services.secrets import ensure_passwords, passwords_file
+from pipelines.services.secrets import ensure_demo_key, ensure_passwords, passwords_file
 from pipelines.services.stack import Stack
 from pipelines.settings import Settings
 
@@ -80,8 +81,9 @@ def run_demo(settings: Settings, *, stay: bool) -> None:
         steps = (*(node.name for node in read_stage_graph(settings.project_dir / "dvc.yaml")), *_LAST_STEPS)
         weeks = [_run_week(client, console, number, day, steps) for number, day in enumerate(WEEKS, start=1)]
         _print_outcome(console, settings, client, ports, weeks)
+        _show_predictions(stack, console, ports)
         if stay:
-            console.print("\nBoth pages stay up until Ctrl-C.")
+            console.print("\nAll of it stays up until Ctrl-C.")
             while True:
                 time.sleep(3600)
     except KeyboardInterrupt:
@@ -176,6 +178,25 @@ def _print_outcome(
     if card:
         console.print(f"Card     {card}")
     console.print("Look at  perch models · perch models show 2 · perch runs · perch ledger verify")
+
+
+def _show_predictions(stack: Stack, console: Console, ports: Ports) -> None:
+    """Serve the latest version and ask it about a real digit, as a client would."""
+    with console.status("starting the prediction service"):
+        served = stack.serve(lambda _: None)
+    if served is None:
+        return
+    key = ensure_demo_key(stack.settings)
+    image = stack.settings.project_dir / "docs" / "seven.png"
+    console.print(f"\nServed   {served.model} v{served.version} at {ports.serving_uri}")
+    headers = {"X-API-Key": key, "Content-Type": "image/png"}
+    answer = httpx.post(f"{ports.serving_uri}/v1/predict", content=image.read_bytes(), headers=headers).json()
+    probability = answer["probabilities"][answer["label"]]
+    shown = image.relative_to(stack.settings.project_dir)
+    console.print(f"         {shown} is a {answer['label']}, says v{answer['model']['version']} ({probability:.3f})")
+    command = f'curl -F image=@{shown} {ports.serving_uri}/v1/predict -H "X-API-Key: {key}"'
+    console.print(f"Try it   {command}", soft_wrap=True)
+    console.print(f"Ask why  perch why {answer['prediction_id']}")
 
 
 def _mark(state: str) -> RenderableType:

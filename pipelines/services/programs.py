@@ -35,6 +35,7 @@ class Ports:
 
     mlflow: int
     airflow: int
+    serving: int = 3000
 
     @property
     def mlflow_uri(self) -> str:
@@ -45,6 +46,11 @@ class Ports:
     def airflow_uri(self) -> str:
         """Airflow's address."""
         return f"http://{HOST}:{self.airflow}"
+
+    @property
+    def serving_uri(self) -> str:
+        """The prediction service's address."""
+        return f"http://{HOST}:{self.serving}"
 
 
 def tool(name: str) -> str:
@@ -127,3 +133,13 @@ def airflow_programs(settings: Settings, ports: Ports) -> list[Program]:
         Program("airflow-triggerer", (airflow, "triggerer"), environment),
         Program("airflow-dag-processor", (airflow, "dag-processor"), environment),
     ]
+
+
+def serving_program(settings: Settings, ports: Ports) -> Program:
+    """The prediction service over the champion, or before any release over the last version packaged."""
+    return Program(
+        name="serving",
+        command=(tool("perch"), "serve", "--port", str(ports.serving)),
+        environment=common_environment(settings, ports),
+        health_url=f"{ports.serving_uri}/readyz",
+    )

@@ -25,7 +25,9 @@ import psutil
 
 from pipelines.core.results import write_json
 from pipelines.errors import PerchError, Refusal, TryLater
+from pipelines.params import load_params
 from pipelines.registry.mlflow_database import ensure_database
+from pipelines.services.prediction_service import PackagedVersion, find_packaged_version
 from pipelines.services.programs import (
     HOST,
     Ports,
@@ -33,12 +35,13 @@ from pipelines.services.programs import (
     airflow_environment,
     airflow_programs,
     mlflow_program,
+    serving_program,
     tool,
 )
 from pipelines.services.secrets import ensure_passwords
 from pipelines.settings import Settings
 
-PREFERRED_PORTS = Ports(mlflow=5001, airflow=8080)
+PREFERRED_PORTS = Ports(mlflow=5001, airflow=8080, serving=3000)
 _START_LIMIT_S = 240.0
 _STOP_LIMIT_S = 30.0
 
@@ -74,12 +77,13 @@ class Stack:
         _refuse_missing_tools()
         ports = ports or choose_ports()
         programs = [mlflow_program(self.settings, ports), *airflow_programs(self.settings, ports)]
+        serving = serving_program(self.settings, ports)
         self.working_folder.mkdir(parents=True, exist_ok=True)
         ensure_passwords(self.settings)
         write_json(self.folder / "ports.json", asdict(ports))
         config = self.folder / "supervisord.conf"
         config.touch(mode=0o600)
-        config.write_text(_render_config(self, programs), encoding="utf-8")
+        config.write_text(_render_config(self, [*programs, serving]), encoding="utf-8")
         subprocess.run(
             [tool("supervisord"), "--configuration", str(config)], check=True, cwd=self.folder, env=self._environment()
         )
@@ -96,7 +100,28 @@ class Stack:
             self._start(program, report)
         for program in rest:
             self._wait_healthy(program)
+        self.serve(report)
         return ports
+
+    def serve(self, report: Report) -> PackagedVersion | None:
+        """Serve the champion, or before any release the last packaged version, in place of what was served.
+
+        Returns:
+            What is served now; None where no version is packaged yet.
+
+        Raises:
+            PerchError: the service ended or did not answer in time; the message holds its log's last lines.
+        """
+        model = load_params(self.settings.project_dir / "params.yaml").model_name
+        packaged = find_packaged_version(self.settings, model)
+        if packaged is None:
+            return None
+        program = serving_program(self.settings, self.ports())
+        if program.name in self.status():
+            self._require_supervisor().supervisor.stopProcess(program.name)
+        self._start(program, report)
+        self._wait_healthy(program)
+        return packaged
 
     def down(self) -> bool:
         """End every service and whatever they left; True when there was something to end."""
@@ -119,11 +144,14 @@ class Stack:
         return found or bool(strays)
 
     def status(self) -> dict[str, str]:
-        """Program name to supervisor's state (RUNNING, STARTING, BACKOFF, …); empty when nothing is up."""
+        """Program name to supervisor's state (RUNNING, STARTING, BACKOFF, …); empty when nothing is up.
+
+        What was never started, the prediction service before there is a release, is left out.
+        """
         supervisor = self._supervisor()
         if supervisor is None:
             return {}
-        return {info["name"]: info["statename"] for info in supervisor.supervisor.getAllProcessInfo()}
+        return {info["name"]: info["statename"] for info in supervisor.supervisor.getAllProcessInfo() if info["start"]}
 
     def ports(self) -> Ports:
         """The ports chosen by the last `up`."""

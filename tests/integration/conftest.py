@@ -34,7 +34,7 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
     stack = Stack(settings)
     os.environ["PERCH_RETRY_DELAY_S"] = "1"  # the services inherit it
     try:
-        ports = stack.up(print, Ports(mlflow=any_free_port(), airflow=any_free_port()))
+        ports = stack.up(print, Ports(mlflow=any_free_port(), airflow=any_free_port(), serving=any_free_port()))
         yield Services(settings, stack, ports)
     finally:
         stack.down()

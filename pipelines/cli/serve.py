@@ -1,0 +1,37 @@
+"""`perch serve`: the prediction service of a packaged version, here, until Ctrl-C."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def serve(
+    version: Annotated[
+        str,
+        typer.Argument(
+            help="Number of the version, e.g. 3; by default the champion, or before any release the last one packaged.",
+            show_default=False,
+        ),
+    ] = "",
+    model: Annotated[str, typer.Option("--model", help="Registered model; the one of params.yaml by default.")] = "",
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="TCP port on the loopback interface.")] = 3000,
+) -> None:
+    """Serve a packaged version here, until Ctrl-C; its signature is verified before anything of it is loaded."""
+    import os
+
+    from pipelines.cli.models import default_params, parse_version
+    from pipelines.services.prediction_service import require_packaged_version, serving_command
+    from pipelines.services.secrets import ensure_demo_key
+    from pipelines.settings import get_settings
+
+    settings = get_settings()
+    packaged = require_packaged_version(
+        settings, model or default_params().model_name, parse_version(version) if version else None
+    )
+    command, environment = serving_command(settings, packaged)
+    address = f"http://127.0.0.1:{port}"
+    typer.echo(f"{packaged.model} v{packaged.version} · release {packaged.digest[:12]} · {address}")
+    typer.echo(f'try it: curl -F image=@IMAGE {address}/v1/predict -H "X-API-Key: {ensure_demo_key(settings)}"')
+    os.execve(command[0], [*command, "--port", str(port)], environment)  # noqa: S606
