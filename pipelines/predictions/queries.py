@@ -34,9 +34,7 @@ COUNTED_BY = {
     "caller": "caller",
     "endpoint": "endpoint",
 }
-_LATEST_FEEDBACK = (
-    "select prediction_id, arg_max(true_label, time) as true_label, max(time) as told from feedback group by all"
-)
+_LATEST_FEEDBACK = "select prediction_id, arg_max(true_label, time) as truth from feedback group by prediction_id"
 
 
 @dataclass(frozen=True)
@@ -173,13 +171,13 @@ class Predictions:
         where, values = wanted.where()
         return self._over_all(
             wanted.selection,
-            f"with told as ({_LATEST_FEEDBACK}) "  # noqa: S608
-            "select model, model_version, if(grouping(true_label) = 1, 'all', true_label) as true_label, "
-            "count(*) as told, count(*) filter (where label = true_label) as correct, "
-            "round(correct / told, 3) as accuracy "
-            f"from predictions join told using (prediction_id) where {where} "
-            "group by grouping sets ((model, model_version), (model, model_version, true_label)) "
-            "order by model, length(model_version), model_version, grouping(told.true_label) desc, true_label",
+            f"with truths as ({_LATEST_FEEDBACK}), judged as ("  # noqa: S608
+            f"select * from predictions join truths using (prediction_id) where {where}) "
+            "select model, model_version, if(grouping(truth) = 1, 'all', truth) as true_label, "
+            "count(*) as told, count(*) filter (where label = truth) as correct, "
+            "round(count(*) filter (where label = truth) / count(*), 3) as accuracy from judged "
+            "group by grouping sets ((model, model_version), (model, model_version, truth)) "
+            "order by model, length(model_version), model_version, grouping(truth) desc, truth",
             values,
             with_feedback=True,
         )
@@ -211,7 +209,8 @@ class Predictions:
                 (FEEDBACK, feedback, FEEDBACK_COLUMNS),
             ):
                 paths = self._store.fetch([file.path for file in files], Path(self._temporary.name))
-                connection.execute(_view(name, paths, columns))
+                with _explained():
+                    connection.execute(_view(name, paths, columns))
             yield connection
 
 
@@ -226,14 +225,22 @@ def _view(name: str, paths: Iterable[Path], columns: Mapping[str, str]) -> str:
 
 
 def _ask(connection: DuckDBPyConnection, sql: str, values: list[Any]) -> Answer:
-    import duckdb
-
-    try:
+    with _explained():
         result = connection.execute(sql, values) if values else connection.execute(sql)
         columns = [entry[0] for entry in result.description or []]
         return Answer(columns, [tuple(row) for row in result.fetchall()])
-    except (duckdb.IOException, duckdb.InvalidInputException) as error:
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    import duckdb
+
+    try:
+        yield
+    except duckdb.IOException as error:
         raise TryLater(f"the kept predictions cannot be read: {error}") from error
+    except duckdb.InvalidInputException as error:
+        raise Refusal("the kept predictions", str(error), way_out="move the damaged file away") from error
     except duckdb.Error as error:
         raise Refusal(
             "the query",
