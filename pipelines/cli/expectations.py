@@ -48,10 +48,15 @@ def init(
         ) from None
     folder = settings.project_dir / "expectations" / dataset
     if not force and any(folder.glob("*.json")):
+        from pipelines.runs.workspaces import is_committed
+
+        old = (
+            "Git has the old"
+            if is_committed(folder)
+            else "after keeping a copy, for Git does not have them as they are"
+        )
         raise Refusal(
-            f"expectations/{dataset}",
-            "holds suites",
-            way_out="review these; or overwrite them with --force, Git has the old",
+            f"expectations/{dataset}", "holds suites", way_out=f"review these; or overwrite them with --force, {old}"
         )
     raw = raw or _newest_raw(settings, dataset)
     if not (raw / "manifest.json").is_file():

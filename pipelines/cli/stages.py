@@ -14,6 +14,7 @@ import typer
 
 from pipelines import stages as stages_package
 from pipelines.cli.printing import print_error
+from pipelines.core.workspace import COMMAND_LINE
 
 _PANEL = "Stages"
 
@@ -59,7 +60,7 @@ def run(
     run_id = run_id or datetime.now(UTC).strftime("local__%Y-%m-%dT%H-%M-%S")
     typer.secho(f"run {run_id} · {settings.runs_dir}", bold=True)
     for stage in pipeline_steps(settings):
-        _run_step(stage, run_id, parse_overrides(set_, "{}"), as_of, "command line", as_json=False)
+        _run_step(stage, run_id, parse_overrides(set_, "{}"), as_of, COMMAND_LINE, as_json=False)
 
 
 def parse_overrides(pairs: list[str] | None, conf: str) -> dict[str, Any]:
@@ -103,7 +104,7 @@ def _command(name: str) -> Callable[..., None]:
         set_: SetOption = None,
         conf: ConfOption = "{}",
         as_of: AsOfOption = None,
-        by: ByOption = "command line",
+        by: ByOption = COMMAND_LINE,
         as_json: JsonOption = False,
     ) -> None:
         from pipelines.runs.locking import die_with_parent_if_asked

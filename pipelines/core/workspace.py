@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+COMMAND_LINE = "command line"  # who asked for a run, in its record, where a person did in a terminal
+
 
 @dataclass(frozen=True)
 class Workspace:

@@ -52,6 +52,7 @@ class Registration:
         mlflow_run_id: of the run that holds the files.
         ledger_sequence: number of the ledger's row.
         ledger_sha256: hash of the ledger's row.
+        same_as: the latest version before it with the very same model file; None where the model is new.
     """
 
     run_id: str
@@ -60,6 +61,7 @@ class Registration:
     mlflow_run_id: str
     ledger_sequence: int
     ledger_sha256: str
+    same_as: int | None
 
 
 def register(settings: Settings, params: Params, workspace: Workspace) -> Registration:
@@ -89,9 +91,12 @@ def register(settings: Settings, params: Params, workspace: Workspace) -> Regist
         tags = {"perch.ledger_sequence": str(record.sequence), "perch.ledger_sha256": record.row_sha256}
         with_mlflow(settings, lambda mlflow: _tag(mlflow, params.model_name, version, tags))
         alias_version = with_mlflow(settings, lambda mlflow: _move_alias(mlflow, params, ledger))
+        same_as = _find_same_model(ledger, params.model_name, record.sequence, evidence["model"]["onnx_sha256"])
     finally:
         ledger.close()
-    return Registration(evidence["run_id"], version, alias_version, mlflow_run_id, record.sequence, record.row_sha256)
+    return Registration(
+        evidence["run_id"], version, alias_version, mlflow_run_id, record.sequence, record.row_sha256, same_as
+    )
 
 
 def collect_evidence(workspace: Workspace) -> dict[str, Any]:
@@ -274,6 +279,18 @@ def _refuse_reused_number(settings: Settings, model: str, version: int, run_id: 
                 limit="one number, one model",
                 way_out="MLflow's database was reset: restore it, or begin a new ledger with PERCH_DATABASE_URL",
             )
+
+
+def _find_same_model(ledger: Ledger, model: str, before: int, onnx_sha256: str) -> int | None:
+    """The latest version registered before a row of the ledger whose model file is the same, byte for byte."""
+    same = [
+        int(record.version)
+        for record in ledger.entries(model)
+        if record.event == "registered"
+        and record.sequence < before
+        and json.loads(record.evidence).get("model", {}).get("onnx_sha256") == onnx_sha256
+    ]
+    return same[-1] if same else None
 
 
 def _versions_of_run(mlflow: Mlflow, model: str, run_id: str) -> list[int]:

@@ -7,16 +7,17 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import yaml
 from rich.table import Table
 
 from pipelines.core.stage_graph import read_stage_graph
-from pipelines.core.workspace import Workspace
+from pipelines.core.workspace import COMMAND_LINE, Workspace
 from pipelines.errors import PerchError, Refusal
 from pipelines.runs.stages import read_result, run_in_workspace, run_lock
 from pipelines.runs.workspaces import recorded_packages, workspace_of, write_dvc_config
@@ -130,9 +131,16 @@ def _find_recording(settings: Settings, run_id: str, into: Path) -> Recording:
             f"run {run_id}",
             f"never finished {missing[0]}",
             limit="a replay compares finished runs",
-            way_out="clear its failed task in Airflow, or choose another from `perch runs`",
+            way_out=f"{_how_to_finish(run)}, or choose another from `perch runs`",
         )
     return Recording(workspace, run["git_sha"], run["packages"])
+
+
+def _how_to_finish(run: Mapping[str, Any]) -> str:
+    """A run goes on where it was started from."""
+    if run.get("requested_by") == COMMAND_LINE:
+        return f"go on with it by `perch run --run {run['run_id']}`"
+    return "clear its failed task in Airflow"
 
 
 def _checkout(project: Path, sha: str, into: Path) -> None:

@@ -157,6 +157,15 @@ def git_state(project: Path) -> dict[str, Any]:
         return {"git_sha": os.environ.get("PERCH_GIT_SHA", "unknown"), "git_clean": "PERCH_GIT_SHA" in os.environ}
 
 
+def is_committed(folder: Path) -> bool:
+    """Whether Git has every file of a folder as it is now, so that overwriting them loses nothing."""
+    try:
+        unsaved = _git(folder, "status", "--porcelain", "--ignored", "--", ".")
+        return not unsaved and bool(_git(folder, "ls-files", "--", "."))
+    except (OSError, subprocess.CalledProcessError):
+        return False
+
+
 def _fill(workspace: Workspace, settings: Settings, params: Params) -> None:
     from pipelines.registry.reference import fetch_reference
 

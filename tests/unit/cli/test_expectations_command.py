@@ -1,6 +1,7 @@
 """`perch expectations init`, on the real digits."""
 
 import json
+import subprocess
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
@@ -61,7 +62,14 @@ def test_init__suites_that_are_there__are_kept_unless_forced(settings: Settings)
     folder = settings.project_dir / "expectations" / "digits"
     folder.mkdir(parents=True)
     (folder / "images.json").write_text("reviewed")
-    assert "--force" in refusal_of("init", "digits").way_out
+    assert "--force, after keeping a copy, for Git does not have them" in refusal_of("init", "digits").way_out
+    git = ["git", "-C", str(settings.project_dir), "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for arguments in (["init", "--quiet"], ["add", "expectations"], ["commit", "--quiet", "--message", "suites"]):
+        subprocess.run([*git, *arguments], check=True)
+    assert "--force, Git has the old" in refusal_of("init", "digits").way_out
+    (folder / "images.json").write_text("reviewed again")
+    assert "Git does not have them" in refusal_of("init", "digits").way_out
+    (folder / "images.json").write_text("reviewed")
     assert (folder / "images.json").read_text() == "reviewed"
     result = CliRunner().invoke(app, ["init", "digits", "--force", "--raw", str(raw)])
     assert result.exit_code == 0, result.output

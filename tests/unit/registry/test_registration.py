@@ -200,6 +200,22 @@ def test_register__second_run__takes_the_alias_and_the_first_gets_it_never_back(
     assert disagreements(registry_settings) == []
 
 
+def test_run__model_file_of_an_earlier_version__is_registered_with_a_note(
+    registry_settings: Settings, registry_params: Params, make_run: MakeRun
+) -> None:
+    del registry_settings  # the environment's
+    summaries = [
+        model_registration.run(registry_params, make_run(run_id, seed=seed)).summary
+        for run_id, seed in (("run-1", 1), ("run-2", 2), ("run-3", 1), ("run-1", 1))
+    ]
+    assert summaries == [
+        f"{MODEL} v1, candidate",
+        f"{MODEL} v2, candidate",
+        f"{MODEL} v3, candidate; the same model file as v1",
+        f"{MODEL} v1; candidate stays v3",
+    ]
+
+
 def test_register__version_lost_in_mlflow__is_made_anew_under_a_new_number(
     registry_settings: Settings, registry_params: Params, make_run: MakeRun
 ) -> None:
