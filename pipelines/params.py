@@ -61,10 +61,12 @@ class DataIngestionParams(Section):
     """What is read, and what is refused while reading."""
 
     source: str = Field(
-        "digits", min_length=1, description="`digits`, a folder, a table, an .npz, or its http(s):// or s3:// address."
+        "digits",
+        min_length=1,
+        description="`digits`, a folder, a table, an .npz, an s3:// address of these, or an http(s):// one of an .npz.",
     )
     sha256: Annotated[str, Field(pattern=_SHA256_PATTERN)] | None = Field(
-        None, description="Expected SHA-256 of an .npz that is fetched from an address."
+        None, description="Expected SHA-256 of an .npz; needed where it is fetched from an http(s):// address."
     )
     table: TableParams = TableParams()
     group_pattern: str | None = Field(

@@ -12,7 +12,9 @@ from pipelines.errors import Refusal
 from pipelines.params import DataIngestionParams
 from pipelines.settings import Settings
 
-KINDS = "`digits`, a folder, a .csv or .parquet table, an .npz, or an s3:// or http(s):// address of one"
+KINDS = (
+    "`digits`, a folder, a .csv or .parquet table, an .npz, an s3:// address of these, or an http(s):// one of an .npz"
+)
 
 
 def open_source(params: DataIngestionParams, settings: Settings) -> Source:
