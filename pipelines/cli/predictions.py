@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -202,9 +203,10 @@ def _write(answer: Answer, format_: Format, out: Path | None, *, listed: bool) -
 
         assert out is not None  # noqa: S101 - checked before anything was read
         columns = zip(*answer.rows, strict=True) if answer.rows else [()] * len(answer.columns)
+        by_label = pa.map_(pa.string(), pa.float32())
         table = {
-            name: pa.array([list(value.items()) if isinstance(value, dict) else value for value in column])
-            for name, column in zip(answer.columns, columns, strict=True)
+            name: pa.array(column, by_label if name == "probabilities" else None)
+            for name, column in zip(answer.columns, map(_with_pairs, columns), strict=True)
         }
         parquet.write_table(pa.table(table), out, compression="zstd")
         return
@@ -224,6 +226,11 @@ def _write(answer: Answer, format_: Format, out: Path | None, *, listed: bool) -
         typer.echo(text)
 
 
+def _with_pairs(column: Iterable[object]) -> list[object]:
+    """A column's values, mappings as Arrow takes them: lists of pairs."""
+    return [list(value.items()) if isinstance(value, dict) else value for value in column]
+
+
 def _as_table(answer: Answer, *, listed: bool) -> str:
     from rich.console import Console
     from rich.table import Table
@@ -232,11 +239,11 @@ def _as_table(answer: Answer, *, listed: bool) -> str:
     console = Console(highlight=False)
     if listed:
         # What fits into 80 columns; --format has them all.
-        table.add_column("id", no_wrap=True, style="bold")
-        table.add_column("time (UTC)", no_wrap=True)
-        table.add_column("label", overflow="ellipsis", no_wrap=True)
-        table.add_column("sure", justify="right", no_wrap=True)
-        table.add_column("version", no_wrap=True)
+        table.add_column("id", no_wrap=True, min_width=26, style="bold")
+        table.add_column("time (UTC)", no_wrap=True, min_width=14)
+        table.add_column("label", overflow="ellipsis", no_wrap=True, min_width=8)
+        table.add_column("sure", justify="right", no_wrap=True, min_width=4)
+        table.add_column("version", no_wrap=True, min_width=7)
         table.add_column("caller", overflow="ellipsis", no_wrap=True)
         for row in answer.records():
             table.add_row(
