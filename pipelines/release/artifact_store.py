@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 _S3 = "s3://"
+_DIGEST_KEY = "sha256"  # among an object's metadata
 
 
 class ArtifactStore(Protocol):
@@ -93,12 +94,18 @@ class _Bucket:
         return f"{_S3}{self._bucket}/{self._prefix}{name}"
 
     def put(self, name: str, file: Path) -> None:
-        digest = base64.b64encode(bytes.fromhex(hash_file(file))).decode()
-        if self._checksum(name) == digest:
+        digest = hash_file(file)
+        if self._stored(name) == (digest, file.stat().st_size):
             return
         # One request: the object is there with these bytes, which the store checks, or it is not there.
         with self._explained(), file.open("rb") as stream:
-            self._client.put_object(Bucket=self._bucket, Key=self._prefix + name, Body=stream, ChecksumSHA256=digest)
+            self._client.put_object(
+                Bucket=self._bucket,
+                Key=self._prefix + name,
+                Body=stream,
+                ChecksumSHA256=base64.b64encode(bytes.fromhex(digest)).decode(),
+                Metadata={_DIGEST_KEY: digest},
+            )
 
     def get(self, name: str, file: Path) -> bool:
         from botocore.exceptions import ClientError
@@ -112,17 +119,18 @@ class _Bucket:
                 raise
         return True
 
-    def _checksum(self, name: str) -> str | None:
+    def _stored(self, name: str) -> tuple[str, int] | None:
+        """SHA-256 and size of an object; its own checksum is not told by every store."""
         from botocore.exceptions import ClientError
 
         with self._explained():
             try:
-                head = self._client.head_object(Bucket=self._bucket, Key=self._prefix + name, ChecksumMode="ENABLED")
+                head = self._client.head_object(Bucket=self._bucket, Key=self._prefix + name)
             except ClientError as error:
                 if error.response["Error"].get("Code") in {"404", "NoSuchKey"}:
                     return None
                 raise
-        return head.get("ChecksumSHA256")
+        return head["Metadata"].get(_DIGEST_KEY, ""), head["ContentLength"]
 
     def _connect(self, endpoint_url: str) -> S3Client:
         import boto3

@@ -1,0 +1,221 @@
+"""A release from the registry to a server: packaged into a bucket, fetched, verified, served; and what is refused."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import boto3
+import httpx
+import numpy as np
+import pytest
+from moto.server import ThreadedMotoServer
+from PIL import Image
+
+from pipelines.core.release_signing import key_id
+from pipelines.core.workspace import Workspace
+from pipelines.errors import EXIT_REFUSED, EXIT_TRY_LATER, Refusal, TryLater
+from pipelines.params import Params
+from pipelines.registry.ledger import Ledger
+from pipelines.registry.registration import register
+from pipelines.release import keys
+from pipelines.release.artifact_store import open_store
+from pipelines.services.stack import any_free_port
+from pipelines.settings import Settings
+from pipelines.stages.model_packaging import Package, package_version
+
+pytestmark = pytest.mark.services
+
+BUCKET = "releases"
+MODEL = "shapes-classification"
+START_LIMIT_S = 60.0  # 2 s on an idle machine
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    server = ThreadedMotoServer("127.0.0.1", port := any_free_port(), verbose=False)
+    server.start()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("AWS_ACCESS_KEY_ID", "test")
+        environment.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        address = f"http://127.0.0.1:{port}"
+        boto3.client("s3", endpoint_url=address).create_bucket(Bucket=BUCKET)
+        yield address
+    server.stop()
+
+
+@dataclass(frozen=True)
+class Released:
+    """A release in the bucket, and what a server is told about it."""
+
+    package: Package
+    settings: Settings
+    public: Path
+    cache: Path
+
+    def start(self, *arguments: str, **settings: str) -> "subprocess.Popen[str]":
+        """Start a server in a session of its own."""
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PERCH_")}
+        given = {"WORKERS": "1", "AUTHENTICATION": "off", "CACHE_DIR": str(self.cache), "HOST": "127.0.0.1"} | settings
+        given = {"S3_ENDPOINT_URL": self.settings.s3_endpoint_url} | given
+        environment |= {f"PERCH_SERVING_{name}": value for name, value in given.items()}
+        return subprocess.Popen(
+            [sys.executable, "-m", "serving", *arguments],
+            cwd=Path(__file__).parents[2],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def refused(self, *arguments: str, code: int = EXIT_REFUSED, **settings: str) -> str:
+        """What a server that does not start says; nothing was unpacked."""
+        process = self.start(*arguments, **settings)
+        _, said = process.communicate(timeout=START_LIMIT_S)
+        assert process.returncode == code, said
+        assert not list(self.cache.glob("unpacked/*"))
+        return said
+
+
+@pytest.fixture
+def released(
+    endpoint: str,
+    registry_settings: Settings,
+    registry_params: Params,
+    make_run: Callable[..., Workspace],
+    tmp_path: Path,
+) -> Released:
+    settings = registry_settings.model_copy(
+        update={"releases_url": f"s3://{BUCKET}/some/prefix", "s3_endpoint_url": endpoint}
+    )
+    register(settings, registry_params, make_run())
+    pair = keys.create_key(settings)
+    return Released(package_version(settings, MODEL, 1), settings, pair.public, tmp_path / "cache")
+
+
+def wait_until_ready(process: "subprocess.Popen[str]", url: str) -> None:
+    until = time.monotonic() + START_LIMIT_S
+    while True:
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert time.monotonic() < until
+        try:
+            if httpx.get(f"{url}/readyz", timeout=2).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.05)
+
+
+def end(process: "subprocess.Popen[str]") -> str:
+    """End the server as an orchestrator would, and return what it said."""
+    process.send_signal(signal.SIGTERM)
+    try:
+        return process.communicate(timeout=30)[1]
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def test_release__packaged_into_a_bucket__is_fetched_verified_and_served(released: Released, tmp_path: Path) -> None:
+    package = released.package
+    assert package.address == f"s3://{BUCKET}/some/prefix/{package.digest}.bento"
+    port = any_free_port()
+    url = f"http://127.0.0.1:{port}"
+    server = released.start(package.address, "--public-key", str(released.public), "--port", str(port))
+    try:
+        wait_until_ready(server, url)
+        # The service reads the manifest beside its own code, so that this is the release's code, although an installed
+        # copy of the same packages is on the path.
+        model = httpx.get(f"{url}/v1/model").json()
+        assert (model["model"], model["version"], model["run_id"]) == (MODEL, "1", "run-1")
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "image.png")
+        answer = httpx.post(f"{url}/v1/predict", files={"image": (tmp_path / "image.png").read_bytes()})
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["label"] in {"circle", "square"}
+    finally:
+        said = end(server)
+    assert f"release {package.digest[:12]} signed by {package.key_id}" in said
+
+    # The store goes away; what was fetched and verified once is verified again, and serves.
+    server = released.start(
+        package.address, "--public-key", str(released.public), "--port", str(port), S3_ENDPOINT_URL="http://127.0.0.1:9"
+    )
+    try:
+        wait_until_ready(server, url)
+    finally:
+        end(server)
+
+
+def test_release__each_way_to_be_wrong__keeps_the_server_from_starting_and_is_named(
+    released: Released, tmp_path: Path
+) -> None:
+    digest, store = released.package.digest, tmp_path / "store"
+    store.mkdir()
+    source = open_store(released.settings)
+    file, signature = store / f"{digest}.bento", store / f"{digest}.bento.sig"
+    assert source.get(file.name, file)
+    assert source.get(signature.name, signature)
+    good = file.read_bytes()
+    trusted = ("--public-key", str(released.public))
+
+    assert "limit: at least one" in released.refused(str(file))
+    assert "none is named" in released.refused(*trusted)
+
+    file.write_bytes(good[:-1000] + bytes([good[-1000] ^ 1]) + good[-999:])
+    assert "was changed: its bytes have SHA-256" in released.refused(str(file), *trusted)
+    file.write_bytes(good)
+
+    stranger = keys.create_key(released.settings, "stranger")
+    said = released.refused(str(file), "--public-key", str(stranger.public))
+    assert f"is signed with the key {key_id(released.public)}, which is not trusted here" in said
+
+    signature.rename(store / "aside")
+    assert "has no signature" in released.refused(str(file), *trusted)
+    signature.write_text(json.dumps(json.loads((store / "aside").read_text()) | {"dsseEnvelope": {}}))
+    assert "its signature does not fit it" in released.refused(str(file), *trusted)
+    shutil.copy(store / "aside", signature)
+
+    # Another release under the same signature: a file that the key never signed.
+    assert "is not the expected one" in released.refused(str(file), "--digest", "0" * 64, *trusted)
+    shutil.rmtree(released.cache)
+    away = released.refused(
+        released.package.address, *trusted, code=EXIT_TRY_LATER, S3_ENDPOINT_URL="http://127.0.0.1:9"
+    )
+    assert "cannot be reached" in away
+    absent = f"s3://{BUCKET}/elsewhere/{digest}.bento"
+    assert "does not exist" in released.refused(absent, *trusted)
+
+
+def test_package__again_into_the_bucket__changes_nothing(released: Released, endpoint: str) -> None:
+    client: Any = boto3.client("s3", endpoint_url=endpoint)
+
+    def objects() -> dict[str, Any]:
+        listing = client.list_objects_v2(Bucket=BUCKET, Prefix="some/prefix/" + released.package.digest)
+        return {entry["Key"]: (entry["ETag"], entry["LastModified"]) for entry in listing["Contents"]}
+
+    before = objects()
+    assert len(before) == 2
+    time.sleep(1.1)  # the store's clock counts seconds
+    assert package_version(released.settings, MODEL, 1) == released.package
+    assert objects() == before
+    assert [record.event for record in Ledger(released.settings.ledger_url).entries()] == ["registered", "packaged"]
+
+
+def test_bucket__missing_or_away__is_refused_or_told_to_try_later(endpoint: str, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"content")
+    missing = Settings(home=tmp_path, releases_url="s3://no-such-bucket/x", s3_endpoint_url=endpoint)
+    with pytest.raises(Refusal, match="NoSuchBucket"):
+        open_store(missing).put("name", file)
+    away = missing.model_copy(update={"s3_endpoint_url": "http://127.0.0.1:9"})
+    with pytest.raises(TryLater, match="cannot be reached"):
+        open_store(away).put("name", file)
