@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from pipelines.core.contract import InputContract
+from pipelines.core.jpeg_markers import MalformedJpegError, read_jpeg_markers
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP")
 
@@ -34,6 +35,23 @@ _SIGNATURES = (
     b"MM\x00+",
     b"GIF8",
 )
+# Limits that no honest image comes near, on what costs more than its pixels: rows have an overhead each, and every scan
+# of a progressive JPEG goes through all coefficients, so that a hostile 10 MB could keep a processor busy for hours.
+MAX_SIDE_PX = 65_535  # what JPEG can name
+MAX_JPEG_SCANS = 100  # encoders write about ten; libtiff has the same limit
+_TILE_SIDES = (0x0142, 0x0143)  # TIFF's TileWidth and TileLength
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # by EXIF's Orientation
+_FLOAT_ROWS_BYTES = 2**22  # of float64 at a time
+
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -99,9 +117,10 @@ def decode_image(
         DecodingError: with the reason for the quarantine table.
     """
     if not data:
-        raise DecodingError(Reason.EMPTY, "the file holds no bytes")
+        raise DecodingError(Reason.EMPTY, "holds no bytes")
     if len(data) > max_bytes:
-        raise DecodingError(Reason.TOO_MANY_BYTES, f"{len(data):,} bytes (limit: {max_bytes:,})")
+        raise DecodingError(Reason.TOO_MANY_BYTES, f"has {len(data):,} bytes (limit: {max_bytes:,})")
+    _refuse_laborious_jpeg(data)
     # The limit below replaces Pillow's own, which warns at one size, raises at another, and knows no parameter.
     Image.MAX_IMAGE_PIXELS = None
     try:
@@ -111,21 +130,19 @@ def decode_image(
     except Exception as error:  # Pillow's plugins raise whatever their parsing trips over
         raise _explain_failure(data, error) from error
     width_px, height_px = image.size
-    if width_px * height_px > max_pixels:
-        size = f"{width_px} x {height_px} = {width_px * height_px:,} pixels"
-        raise DecodingError(Reason.TOO_MANY_PIXELS, f"{size} (limit: {max_pixels:,})")
     file_format, mode = image.format or "", image.mode
     try:
+        _refuse_large(image, max_pixels)
         image.draft(None, (floor_px, floor_px))
         image.load()
         # A TIFF is turned upright while it loads, so that only the others still name an orientation here.
         turned = image.size != (width_px, height_px) and image.size == (height_px, width_px)
         orientation = image.getexif().get(0x0112, 1)
-        pixels: Image.Image = image
-        if orientation != 1:
-            pixels = ImageOps.exif_transpose(image)
-            turned = orientation in (5, 6, 7, 8)
-        pixels = _to_eight_bits(pixels)
+        pixels = _to_eight_bits(image)
+        if orientation in _TURNS:
+            # Not by ImageOps.exif_transpose, which writes the EXIF data anew: seconds, where there are megabytes of it.
+            pixels = pixels.transpose(_TURNS[orientation])
+            turned = orientation >= 5
     except DecodingError:
         raise
     except Exception as error:
@@ -199,12 +216,12 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
         # Pillow's name for integers wider than 8 bits; the files that carry it hold 16-bit samples.
         return Image.fromarray(_eight_bit_table()[np.clip(np.asarray(image), 0, 65535)])
     if image.mode == "F":
-        return _scale_float(np.asarray(image).astype(np.float64))
+        return _scale_float(np.asarray(image))
     transparent = "transparency" in image.info
     if image.mode in ("LA", "La") or (image.mode == "L" and transparent):
-        return _over_black(image.convert("LA"), "L")
+        return _over_black(image if image.mode == "LA" else image.convert("LA"), "L")
     if image.mode in ("RGBA", "RGBa", "PA") or (image.mode in ("P", "RGB") and transparent):
-        return _over_black(image.convert("RGBA"), "RGB")
+        return _over_black(image if image.mode == "RGBA" else image.convert("RGBA"), "RGB")
     if image.mode in ("L", "RGB"):
         return image
     return image.convert("L" if image.mode == "1" else "RGB")
@@ -223,17 +240,48 @@ def _eight_bit_table() -> npt.NDArray[np.uint8]:
     return table
 
 
-def _scale(samples: npt.NDArray[np.float64], full: float) -> Image.Image:
-    """Scale samples of 0 to `full` to 0-255, rounding to the nearest and clipping what lies outside."""
-    return Image.fromarray(np.clip(np.rint(samples * (255.0 / full)), 0, 255).astype(np.uint8))
+def _scale_float(samples: npt.NDArray[np.float32]) -> Image.Image:
+    """Scale floating-point samples by the smallest customary range that holds them: 0-1, 0-255 or 0-65535.
 
-
-def _scale_float(samples: npt.NDArray[np.float64]) -> Image.Image:
-    """Scale floating-point samples by the smallest customary range that holds them: 0-1, 0-255 or 0-65535."""
-    if not np.isfinite(samples).all():
+    Rounds to the nearest and clips what lies outside; a few rows at a time, for float64 needs eight times the result.
+    """
+    largest = float(samples.max())  # NaN and infinity win
+    if not np.isfinite(largest) or not np.isfinite(samples.min()):
         raise DecodingError(Reason.CORRUPT, "holds samples that are not finite numbers")
-    largest = float(samples.max())
-    return _scale(samples, next((full for full in (1.0, 255.0) if largest <= full), 65535.0))
+    full = next((full for full in (1.0, 255.0) if largest <= full), 65535.0)
+    scaled = np.empty(samples.shape, np.uint8)
+    rows = max(1, _FLOAT_ROWS_BYTES // (8 * samples.shape[1]))
+    for start in range(0, len(samples), rows):
+        piece = samples[start : start + rows].astype(np.float64)
+        scaled[start : start + rows] = np.clip(np.rint(piece * (255.0 / full)), 0, 255)
+    return Image.fromarray(scaled)
+
+
+def _refuse_laborious_jpeg(data: bytes) -> None:
+    """Stop at a JPEG whose structure would take far more time than its pixels."""
+    if not data.startswith(b"\xff\xd8"):
+        return
+    try:
+        markers = read_jpeg_markers(data, max_scans=MAX_JPEG_SCANS)
+    except MalformedJpegError as error:
+        raise DecodingError(Reason.CORRUPT, str(error)) from None
+    if markers.scans > MAX_JPEG_SCANS:
+        raise DecodingError(Reason.CORRUPT, f"has more than {MAX_JPEG_SCANS} scans")
+
+
+def _refuse_large(image: Image.Image, max_pixels: int) -> None:
+    """Stop at an image, or a TIFF's tile, with too many pixels; a decoder holds a whole tile, however few it needs."""
+    sides = [image.size]
+    tags = getattr(image, "tag_v2", {})
+    if all(tag in tags for tag in _TILE_SIDES):
+        sides.append((int(tags[_TILE_SIDES[0]]), int(tags[_TILE_SIDES[1]])))
+    for width, height in sides:
+        if width * height > max_pixels:
+            size = f"{width} x {height} = {width * height:,} pixels"
+            raise DecodingError(Reason.TOO_MANY_PIXELS, f"has {size} (limit: {max_pixels:,})")
+        if max(width, height) > MAX_SIDE_PX:
+            size = f"{max(width, height):,} pixels"
+            raise DecodingError(Reason.TOO_MANY_PIXELS, f"has a side of {size} (limit: {MAX_SIDE_PX:,})")
 
 
 def _explain_unidentified(data: bytes) -> DecodingError:

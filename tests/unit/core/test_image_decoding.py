@@ -1,6 +1,7 @@
 import contextlib
 import io
 import struct
+import time
 import zlib
 
 import numpy as np
@@ -272,3 +273,64 @@ def test_read_model_input__same_bytes__gives_the_same_array_twice(size_px):
     data = encode(colour(1500, 1200), "JPEG")
     first, second = (read_model_input(data, contract, **LIMITS) for _ in range(2))
     assert np.array_equal(first, second)
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def tiff_directory(*entries: tuple[int, int, int, int]) -> bytes:
+    """A little-endian TIFF whose directory has these entries of tag, type, count and value."""
+    body = b"".join(struct.pack("<HHII", *entry) for entry in sorted(entries))
+    return b"II*\x00" + struct.pack("<IH", 8, len(entries)) + body + bytes(4)
+
+
+def test_decode_image__megabytes_of_exif__are_not_written_anew():
+    # ImageOps.exif_transpose took 7 s for this.
+    each, count = 64_000, 140
+    start = 8 + 2 + 12 * (count + 1) + 4
+    entries = [(0x9000 + index, 5, each // 8, start + index * each) for index in range(count)]
+    exif = tiff_directory((0x0112, 3, 1, 6), *entries) + bytes([1, 0, 0, 0]) * (count * each // 4)
+    data = encode(gradient())
+    began = time.process_time()
+    decoded = decode_image(data[:33] + png_chunk(b"eXIf", exif) + data[33:], **LIMITS)
+    assert time.process_time() - began < 1
+    assert decoded.pixels.size == (40, 60)
+
+
+def test_decode_image__jpeg_of_endless_scans__is_refused_before_it_is_decoded():
+    data = encode(gradient(), "JPEG", progressive=True)
+    last_scan = data[data.rindex(b"\xff\xda") : -2]
+    assert reason_of(data[:-2] + last_scan * 100 + data[-2:]) is Reason.CORRUPT
+    decode_image(data[:-2] + last_scan * 10 + data[-2:], **LIMITS)
+
+
+def test_decode_image__jpeg_of_endless_segments__is_refused():
+    data = encode(gradient(), "JPEG")
+    assert reason_of(data[:2] + b"\xff\xfe\x00\x02" * 10_001 + data[2:]) is Reason.CORRUPT
+
+
+def test_decode_image__tiff_with_a_tile_far_larger_than_itself__is_too_many_pixels():
+    shape = ((256, 4, 1, 10), (257, 4, 1, 10), (258, 3, 1, 8), (259, 3, 1, 8), (262, 3, 1, 1), (277, 3, 1, 1))
+    tile = ((322, 4, 1, 20_000), (323, 4, 1, 20_000), (324, 4, 1, 8), (325, 4, 1, 100))
+    assert reason_of(tiff_directory(*shape, *tile) + bytes(100)) is Reason.TOO_MANY_PIXELS
+
+
+def test_decode_image__side_that_no_image_has__is_too_many_pixels():
+    assert reason_of(encode(Image.new("1", (65_536, 1)))) is Reason.TOO_MANY_PIXELS
+    assert decode_image(encode(Image.new("1", (65_535, 1))), **LIMITS).width_px == 65_535
+    assert decode_image(encode(Image.new("L", (1, 20_000))), **LIMITS).height_px == 20_000
+
+
+@pytest.mark.parametrize("largest", [1.0, 255.0, 60_000.0])
+def test_decode_image__large_float_tiff__is_scaled_row_by_row_like_a_small_one(largest):
+    samples = np.linspace(-1.0, largest, 700 * 900, dtype=np.float32).reshape(700, 900)
+    pixels = np.asarray(decode_image(encode(Image.fromarray(samples), "TIFF"), **LIMITS).pixels)
+    full = {60_000.0: 65535.0}.get(largest, largest)
+    expected = np.clip(np.rint(samples.astype(np.float64) * (255.0 / full)), 0, 255)
+    assert np.array_equal(pixels, expected)
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_decode_image__float_tiff_not_finite__is_corrupt(number):
+    assert reason_of(encode(Image.fromarray(np.array([[0.5, number]], np.float32)), "TIFF")) is Reason.CORRUPT
