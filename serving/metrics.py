@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from prometheus_client.metrics_core import Metric
 from prometheus_client.samples import Sample
 
-from serving.metrics_files import live_metrics, tidy
+from serving.metrics_files import join, live_metrics
 from serving.problems import ALL as PROBLEM_TYPES
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -97,8 +97,7 @@ class ServiceMetrics:
     ) -> None:
         disable_created_metrics()
         self._directory = os.environ.get("PROMETHEUS_MULTIPROC_DIR", "")
-        if self._directory:
-            tidy(self._directory)
+        self._sign_of_life = join(self._directory) if self._directory else None
         self._routes = frozenset(routes)
         self._registry = CollectorRegistry()
         self._of_model = (model, version)

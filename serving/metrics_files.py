@@ -5,6 +5,9 @@ worker's counters must go on counting, or the sums would fall and Prometheus wou
 gauges must not, or its requests in flight would stay for ever.  BentoML's supervisor starts a new worker for a dead
 one and leaves the files.  So each new worker adds the dead ones' counters up in one file, which keeps a service whose
 worker dies every few seconds from filling the disk.
+
+Who lives holds a lock on `<pid>.alive`.  The kernel takes it away at the moment of death; a process id stays until
+the supervisor has looked (every 10 s, with BentoML's) and may be somebody else's afterwards.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from prometheus_client.metrics_core import Metric
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
@@ -30,16 +34,28 @@ def live_metrics(directory: str) -> Iterable[Metric]:
         return list(MultiProcessCollector.merge(living, accumulate=True))
 
 
-def tidy(directory: str) -> None:
-    """Removes dead workers' live gauges, and adds their counters up in one file."""
+def join(directory: str) -> TextIO:
+    """Counts this process among the living, after a tidying: dead workers' live gauges go, their counters are added up.
+
+    Returns:
+        The file whose lock says that this process lives; it must stay open.
+    """
     with _locked(directory, fcntl.LOCK_EX):
-        dead = [file for file in _files(directory) if not _is_alive(file)]
-        for pid in {_owner(file) for file in dead} - {_OF_THE_DEAD}:
-            mark_process_dead(int(pid), directory)
-        for kind in _KINDS:
-            files = [file for file in dead if file.name.startswith(f"{kind}_")]
-            if len(files) > 1 or (files and _owner(files[0]) != _OF_THE_DEAD):
-                _fold(files, Path(directory) / f"{kind}_{_OF_THE_DEAD}.db")
+        sign_of_life = _sign_of_life(directory, str(os.getpid())).open("a")
+        fcntl.flock(sign_of_life, fcntl.LOCK_EX)
+        _tidy(directory)
+    return sign_of_life
+
+
+def _tidy(directory: str) -> None:
+    dead = [file for file in _files(directory) if not _is_alive(file)]
+    for pid in {_owner(file) for file in dead} - {_OF_THE_DEAD}:
+        mark_process_dead(int(pid), directory)
+        _sign_of_life(directory, pid).unlink(missing_ok=True)
+    for kind in _KINDS:
+        files = [file for file in dead if file.name.startswith(f"{kind}_")]
+        if len(files) > 1 or (files and _owner(files[0]) != _OF_THE_DEAD):
+            _fold(files, Path(directory) / f"{kind}_{_OF_THE_DEAD}.db")
 
 
 def _fold(files: list[Path], target: Path) -> None:
@@ -70,17 +86,19 @@ def _owner(file: Path) -> str:
     return file.stem.rpartition("_")[2]
 
 
+def _sign_of_life(directory: str | Path, pid: str) -> Path:
+    return Path(directory) / f"{pid}.alive"
+
+
 def _is_alive(file: Path) -> bool:
-    owner = _owner(file)
-    if owner == _OF_THE_DEAD:
-        return False
     try:
-        os.kill(int(owner), 0)
-    except ProcessLookupError:
+        with _sign_of_life(file.parent, _owner(file)).open() as sign:
+            fcntl.flock(sign, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
         return False
-    except PermissionError:
+    except BlockingIOError:
         return True
-    return True
+    return False
 
 
 @contextmanager
