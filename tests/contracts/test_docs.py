@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from pipelines.cli.params_reference import render
 from pipelines.params import Params
 from pipelines.settings import Settings
+from serving.settings import ServingSettings
 
 PROJECT = Path(__file__).parents[2]
 DOCS = PROJECT / "docs"
@@ -64,8 +65,26 @@ def test_settings_page__its_table__names_every_variable_and_no_other() -> None:
     assert documented == [f"PERCH_{name.upper()}" for name in Settings.model_fields]
 
 
-def test_settings_page__variables_that_the_code_names__are_on_it() -> None:
-    page = (DOCS / "reference/settings.md").read_text()
+def test_serving_settings_page__its_table__is_what_the_model_says() -> None:
+    rows = [
+        f"| `PERCH_SERVING_{name.upper()}` | {_shown(field.default)} | {field.description} |"
+        for name, field in ServingSettings.model_fields.items()
+    ]
+    page = (DOCS / "reference/serving-settings.md").read_text()
+    assert [line for line in page.splitlines() if line.startswith("| `")] == rows
+
+
+def _shown(default: object) -> str:
+    """A default as a table shows it: nothing for what is empty, sizes in the unit that a person thinks in."""
+    if default in ("", None):
+        return ""
+    if isinstance(default, int) and default % 2**20 == 0 and default:
+        return f"{default} ({default // 2**20} MiB)"
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def test_settings_pages__variables_that_the_code_names__are_on_them() -> None:
+    page = "".join((DOCS / "reference" / name).read_text() for name in ("settings.md", "serving-settings.md"))
     sources = [file for folder in ("pipelines", "dags", "scripts") for file in (PROJECT / folder).rglob("*.[ps][yh]")]
     named = {name for file in sources for name in re.findall(r"\b(PERCH_[A-Z0-9]\w*[A-Z0-9])\b", file.read_text())}
     assert len(named) > 5
