@@ -84,6 +84,12 @@ def test_dag_file__when_parsed__loads_nothing_heavy_but_airflow(file: Path, tmp_
     assert not _loaded(f"import {module}", tmp_path) & (HEAVY - {"airflow", "sqlalchemy"})
 
 
+def test_launcher__until_it_has_verified_a_release__loads_nothing_that_the_release_uses(tmp_path: Path) -> None:
+    """It starts in a tenth of a second, and cannot hand the release a module of its own."""
+    server = {"bentoml", "_bentoml_sdk", "onnxruntime", "numpy", "starlette", "PIL", "boto3", "model_signing"}
+    assert not _loaded("import serving.__main__", tmp_path) & (HEAVY | server)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "code",
