@@ -41,10 +41,11 @@ test-unit: env ## The fast tests
 test-slow: env ## The long ones
 	$(BIN)/pytest -m slow
 
-bench: env ## Ingestion, one training epoch, and the DAG, each against its baseline
+bench: env ## Ingestion, one training epoch, the DAG, and a million predictions, each against its baseline
 	$(BIN)/python benchmarks/ingest.py
 	$(BIN)/python benchmarks/training_epoch.py
 	$(BIN)/python benchmarks/orchestration.py
+	$(BIN)/python -m benchmarks.predictions
 bench-serving: env ## Perch's service beside other ways to serve the same model (wrk, 20 minutes)
 	$(BIN)/python -m benchmarks.serving
 bench-serving-large: env ## One image through EfficientNet-B4, by threads and precision
