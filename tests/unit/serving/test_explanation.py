@@ -87,3 +87,37 @@ def test_log_odds__probabilities_that_round_to_one__still_differ() -> None:
     odds = log_odds(certain, 1)
     assert odds[:2] == pytest.approx([np.log(1e9), np.log(1e10)], rel=1e-4)
     assert np.isfinite(odds).all()
+
+
+def test_explain__a_classifier_of_real_digits__finds_what_it_needs_better_than_chance() -> None:
+    """The deletion curve (Petsiuk et al. 2018): hide the hottest pixels first, and the label's probability falls."""
+    from sklearn.datasets import load_digits
+    from sklearn.neural_network import MLPClassifier
+
+    digits = load_digits()
+    model = MLPClassifier((64,), max_iter=200, tol=1e-3, random_state=0).fit(
+        digits.data[:1500] / 16, digits.target[:1500]
+    )
+    enlarged = np.kron(digits.images[1500:1512], np.ones((3, 3)))[..., None]
+    images = (enlarged * 255 / 16).astype(np.uint8)  # (12, 24, 24, 1)
+
+    def predict(batch: Pixels) -> npt.NDArray[np.float32]:
+        small = batch.reshape(len(batch), 8, 3, 8, 3).mean(axis=(2, 4))
+        return model.predict_proba(small.reshape(len(batch), 64) / 255).astype(np.float32)  # type: ignore[no-any-return]
+
+    def deletion_area(image: Pixels, label: int, order: npt.NDArray[np.int64]) -> float:
+        steps = np.linspace(0, order.size, 17).astype(int)
+        hidden = np.stack([image.reshape(-1)] * len(steps))
+        for row, step in zip(hidden, steps, strict=True):
+            row[order[:step]] = image.mean()
+        return float(predict(hidden.reshape(len(steps), *image.shape))[:, label].mean())
+
+    labels = predict(images).argmax(axis=1)
+    random = np.random.default_rng(0)
+    found, chance = [], []
+    for image, label in zip(images, labels, strict=True):
+        signed = explain(predict, image, int(label), 30.0, max_masks=256).signed
+        found.append(deletion_area(image, label, np.argsort(-signed, axis=None, kind="stable")))
+        chance.append(deletion_area(image, label, random.permutation(image.size)))
+    assert np.mean(found) < 0.7 * np.mean(chance)
+    assert (np.array(found) < chance).mean() > 0.8
