@@ -86,12 +86,16 @@ class Classification:
         image: what it saw.
         label_index: of the most probable label.
         probabilities: one per label, in the order of the contract.
+        begun: `time.perf_counter()` when its turn came.
+        decode_s: seconds that its decoding took.
         model_s: seconds in the model.
     """
 
     image: ImageInput
     label_index: int
     probabilities: list[float]
+    begun: float
+    decode_s: float
     model_s: float
 
 
@@ -186,12 +190,13 @@ class Classifier:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _classify(self, data: bytes) -> Classification:
+        begun = time.perf_counter()
         image = self.decode(data)
-        started = time.perf_counter()
+        decoded = time.perf_counter()
         probabilities: Probabilities = self.predictor.predict(image.array[np.newaxis])
-        model_s = time.perf_counter() - started
+        model_s = time.perf_counter() - decoded
         row: list[float] = probabilities[0].tolist()
-        return Classification(image, row.index(max(row)), row, model_s)
+        return Classification(image, row.index(max(row)), row, begun, decoded - begun, model_s)
 
     def _classify_each(self, items: Sequence[bytes]) -> list[Classification | Problem]:
         """One by one: on a processor a batch of images costs what its images cost (docs/benchmarks.md)."""

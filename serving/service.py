@@ -15,6 +15,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import bentoml
+import uvicorn.config
 
 from serving.admission import Admission
 from serving.api import Api
@@ -23,6 +24,7 @@ from serving.classification import Classifier
 from serving.endpoints import Endpoints
 from serving.logs import RequestLog, configure_logging
 from serving.metrics import ServiceMetrics
+from serving.metrics_endpoint import MetricsEndpoint
 from serving.prediction_log import PredictionLog
 from serving.predictor import Predictor
 from serving.rate_limits import RateLimiter
@@ -48,6 +50,8 @@ class PerchService(bentoml.Service):  # type: ignore[misc]
 
     def to_asgi(self, is_main: bool = True) -> ASGIApp:
         """The application of one worker."""
+        # BentoML makes uvicorn's configuration and offers no parameter for its protocol; `auto` is what it asks for.
+        uvicorn.config.HTTP_PROTOCOLS["auto"] = "serving.http_protocol:BoundedHttpProtocol"
         bentoml_app: ASGIApp = super().to_asgi(is_main)
 
         async def front_door(scope: Scope, receive: Receive, send: Send) -> None:
@@ -85,6 +89,7 @@ class PredictionService:
             manifest.version,
             manifest.onnx_sha256,
             manifest.labels,
+            release=settings.release_digest,
             max_concurrent=settings.max_concurrent,
         )
         self._predictions = PredictionLog(settings, manifest)
@@ -98,7 +103,7 @@ class PredictionService:
             threads=math.ceil(len(os.sched_getaffinity(0)) / count_workers(settings)),
         )
         self._classifier.warm_up()
-        rate_limiter = RateLimiter(settings.spool_dir)
+        rate_limiter = RateLimiter.from_settings(settings)
         self._endpoints = Endpoints(
             release,
             self._classifier,
@@ -122,6 +127,8 @@ class PredictionService:
         self._metrics.watch_prediction_log(self._predictions)
         self._metrics.watch_log(lambda: lines.lines_dropped)
         self._metrics.start()
+        port = settings.metrics_port
+        self._metrics_endpoint = MetricsEndpoint(self._metrics.render, port) if port else None
         # What start-up made stays to the end: the collector need not look at it again, which shows in the slowest
         # requests.
         gc.collect()
@@ -138,6 +145,8 @@ class PredictionService:
         self._predictions.close()
         self._tracing.close()
         self._metrics.close()
+        if self._metrics_endpoint:
+            self._metrics_endpoint.close()
 
 
 service: Any = PredictionService
