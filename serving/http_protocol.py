@@ -1,0 +1,129 @@
+"""uvicorn's HTTP protocol with bounds on what comes before a request reaches the API: the size of a head, and its time.
+
+uvicorn bounds neither: a head that never ends fills the memory, and a client that sends nothing holds its connection
+for ever.  What is refused here is answered as everywhere else, with problem+json.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import orjson
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from pipelines.core.prediction_ids import new_prediction_id
+from serving.problems import BAD_REQUEST, MEDIA_TYPE, REQUEST_TIMEOUT, Problem
+from serving.settings import get_serving_settings
+
+MAX_HEAD_BYTES = 2**16  # beside one read from the socket, which is parsed before it is counted
+MAX_HEADERS = 128  # trailers among them
+_FRAMING_BYTES = 16  # per byte of a chunked body; the smallest chunk needs 6
+
+_REASONS = {400: "Bad Request", 408: "Request Timeout"}
+
+
+class BoundedHttpProtocol(HttpToolsProtocol):
+    """One connection."""
+
+    _open = False  # a message has begun, and is not complete
+    _head_complete = False
+    _raw_bytes = 0  # of the open message, without those that came together with its beginning
+    _body_bytes = 0
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait for the first request."""
+        super().connection_made(transport)
+        self._wait_for_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait no longer."""
+        self._cancel_wait()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what arrived, and refuse a message that is all head and framing."""
+        was_open = self._open
+        super().data_received(data)
+        if not self._open or self.transport.is_closing():
+            return
+        if was_open:
+            self._raw_bytes += len(data)
+            if self._raw_bytes > MAX_HEAD_BYTES + _FRAMING_BYTES * self._body_bytes:
+                detail = f"The request has more than {MAX_HEAD_BYTES:,} bytes beside its body; send fewer headers."
+                self._refuse(Problem(BAD_REQUEST, detail))
+                return
+        if not self._head_complete and self._head_timer is None:
+            self._wait_for_head()
+
+    def on_message_begin(self) -> None:
+        """A head begins."""
+        super().on_message_begin()
+        self._open, self._head_complete = True, False
+        self._raw_bytes = self._body_bytes = 0
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Keep one header; a failure here is answered as a request that cannot be parsed."""
+        if len(self.headers) >= MAX_HEADERS:
+            raise ValueError("too many headers")
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """The head is complete: the body's time and size are the API's to judge."""
+        self._head_complete = True
+        self._cancel_wait()
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Some of the body."""
+        self._body_bytes += len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """The whole request is there."""
+        self._open = False
+        super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no HTTP."""
+        del msg
+        self._refuse(Problem(BAD_REQUEST, f"This is not HTTP/1.1, or has more than {MAX_HEADERS} headers."))
+
+    def _should_upgrade_to_ws(self) -> bool:
+        return False  # the API has no WebSockets
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """An upgrade that is not offered is answered as the plain request that it also is."""
+
+    def _wait_for_head(self) -> None:
+        self._head_timer = self.loop.call_later(get_serving_settings().request_timeout_s, self._give_up)
+
+    def _cancel_wait(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _give_up(self) -> None:
+        self._head_timer = None
+        if self._open:
+            self._refuse(
+                Problem(REQUEST_TIMEOUT, "The head of the request did not arrive in time; send it in one piece.")
+            )
+        else:
+            self.transport.close()  # nothing was asked
+
+    def _refuse(self, problem: Problem) -> None:
+        """Answer and close; the connection's next bytes would mean nothing."""
+        self._open = False
+        self._cancel_wait()
+        if self.transport.is_closing():
+            return
+        request_id = new_prediction_id()
+        body = orjson.dumps(problem.as_json(request_id))
+        status = problem.kind.status
+        head = (
+            f"HTTP/1.1 {status} {_REASONS[status]}\r\ncontent-type: {MEDIA_TYPE}\r\ncontent-length: {len(body)}\r\n"
+            f"x-request-id: {request_id}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        self.transport.close()
