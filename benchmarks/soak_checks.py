@@ -11,7 +11,7 @@ from typing import Any
 import duckdb
 import numpy as np
 
-from benchmarks.soak_clients import BROKEN, GIVEN_UP, REFUSED
+from benchmarks.soak_clients import BROKEN, COLUMNS, GIVEN_UP, REFUSED
 from pipelines.core.prediction_ids import first_id_at
 
 MAX_MEMORY_GROWTH = 0.05  # of a stretch's median, by the regression line over what follows its warm-up
@@ -132,8 +132,9 @@ class Evidence:
         self._timeline = timeline
         self._database = database = duckdb.connect()
         database.execute("SET TimeZone = 'UTC'")
-        for name in ("requests", "predictions", "broken"):
-            database.execute(f"CREATE TABLE {name} AS SELECT * FROM read_csv('{folder / name}.csv', header = true)")
+        for name, columns in COLUMNS.items():
+            database.execute(f"CREATE TABLE {name} ({', '.join(map(' '.join, columns.items()))})")
+            database.execute(f"COPY {name} FROM '{folder / name}.csv' (HEADER)")
         database.execute("CREATE TABLE kept (prediction_id VARCHAR, request_id VARCHAR)")
         if files := [str(file) for file in (predictions / "predictions").rglob("*.parquet")]:
             database.execute("INSERT INTO kept SELECT prediction_id, request_id FROM read_parquet(?)", [files])

@@ -16,7 +16,7 @@ import struct
 import time
 import zlib
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,10 +111,19 @@ class Journal:
             file.close()
 
 
+# Of the files, with DuckDB's names for the types.
 COLUMNS = {
-    "requests": ("due_s", "kind", "phase", "status", "latency_ms", "lag_ms", "request_id"),
-    "predictions": ("prediction_id", "answered_s", "request_id"),
-    "broken": ("at_s", "kind", "request_id", "error"),
+    "requests": {
+        "due_s": "DOUBLE",
+        "kind": "VARCHAR",
+        "phase": "VARCHAR",
+        "status": "INTEGER",
+        "latency_ms": "DOUBLE",
+        "lag_ms": "DOUBLE",
+        "request_id": "VARCHAR",
+    },
+    "predictions": {"prediction_id": "VARCHAR", "answered_s": "DOUBLE", "request_id": "VARCHAR"},
+    "broken": {"at_s": "DOUBLE", "kind": "VARCHAR", "request_id": "VARCHAR", "error": "VARCHAR"},
 }
 
 
@@ -138,7 +147,6 @@ class Clients:
         self.in_flight = 0
         self._keys, self._journal = keys, journal
         self.kinds = mix(self.feedback, max_body_bytes=max_body_bytes)
-        self._weights = [kind.share for kind in self.kinds]
         self._random = random.Random(SEED)
         self._number = 0
         self._recent: deque[str] = deque(maxlen=_RECENT_IDS)
@@ -203,7 +211,7 @@ class Clients:
         return f"soak-{self._number}"
 
     def _pick(self) -> Kind:
-        return self._random.choices(self.kinds, self._weights)[0]
+        return self._random.choices(self.kinds, [kind.share for kind in self.kinds])[0]
 
     async def _send(self, kind: Kind, due_s: float) -> None:
         """Send one request until it is answered: again where nobody listens, and where the connection breaks."""
@@ -333,12 +341,25 @@ class SlowKind:
 
 @dataclass
 class SlowConnection:
-    """A raw connection to the server."""
+    """A raw connection to the server.
+
+    Attributes:
+        reader: of the connection.
+        writer: of the connection.
+        head: of a request for a prediction.
+        body: of that request.
+        pace: what pauses are multiplied with; tests are in a hurry.
+    """
 
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
     head: bytes
     body: bytes
+    pace: float = 1.0
+
+    async def pause(self, seconds: float) -> None:
+        """Do nothing for a while."""
+        await asyncio.sleep(self.pace * seconds)
 
     async def send(self, data: bytes, *, pieces: int = 1, pause_s: float = 0.0) -> None:
         """Send in pieces; stops quietly where the server hangs up or has answered."""
@@ -346,8 +367,7 @@ class SlowConnection:
         for start in range(0, len(data), size):
             self.writer.write(data[start : start + size])
             await self.writer.drain()
-            if pause_s:
-                await asyncio.sleep(pause_s)
+            await self.pause(pause_s)
 
     async def answer(self) -> tuple[int, bytes]:
         """Status and body of the answer; 0 where the connection ends without one."""
@@ -380,7 +400,7 @@ async def _dribble_for_ever(connection: SlowConnection) -> tuple[int, bytes]:
 async def _read_late(connection: SlowConnection) -> tuple[int, bytes]:
     """Takes its answer three seconds after it asked."""
     await connection.send(connection.head + connection.body)
-    await asyncio.sleep(3.0)
+    await connection.pause(3.0)
     return await connection.answer()
 
 
@@ -404,7 +424,7 @@ async def _silence(connection: SlowConnection) -> tuple[int, bytes]:
 async def _vanish(connection: SlowConnection) -> tuple[int, bytes]:
     """Resets the connection in the middle of the body."""
     await connection.send(connection.head + connection.body[: len(connection.body) // 2])
-    await asyncio.sleep(0.5)
+    await connection.pause(0.5)
     linger = struct.pack("ii", 1, 0)  # no waiting: the kernel sends RST
     connection.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
     return 0, b""
@@ -427,22 +447,27 @@ class SlowClients:
         clients: whose addresses, phase and ids they share.
         key: an API key.
         journal: takes what happens.
+        kinds: of slow clients.
+        pace: what their pauses are multiplied with.
     """
 
-    def __init__(self, clients: Clients, key: str, journal: Journal) -> None:
+    def __init__(
+        self, clients: Clients, key: str, journal: Journal, kinds: Sequence[SlowKind] = SLOW_KINDS, pace: float = 1.0
+    ) -> None:
         self._clients, self._key, self._journal = clients, key, journal
+        self._kinds, self._pace = kinds, pace
         self._body = _digit(3)
 
     async def run(self, until_s: float) -> None:
         """Go on until a time, then finish what was begun."""
-        await asyncio.gather(*(self._repeat(kind, until_s) for kind in SLOW_KINDS for _ in range(kind.clients)))
+        await asyncio.gather(*(self._repeat(kind, until_s) for kind in self._kinds for _ in range(kind.clients)))
 
     async def _repeat(self, kind: SlowKind, until_s: float) -> None:
         while (due_s := self._journal.now()) < until_s:
             request_id, phase = self._clients.next_request_id(), self._clients.phase
             status = await self._once(kind, request_id)
             self._journal.end(kind.name, phase, due_s, status, request_id, 0.0)
-            await asyncio.sleep(1.0 if status != REFUSED else _RETRY_PAUSE_S)
+            await asyncio.sleep(self._pace if status != REFUSED else _RETRY_PAUSE_S)
 
     async def _once(self, kind: SlowKind, request_id: str) -> int:
         connection = await self._connect(request_id)
@@ -474,7 +499,7 @@ class SlowClients:
                 f"POST /v1/predict HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: image/png\r\n"
                 f"Content-Length: {len(self._body)}\r\nX-API-Key: {self._key}\r\nX-Request-ID: {request_id}\r\n\r\n"
             )
-            return SlowConnection(reader, writer, head.encode(), self._body)
+            return SlowConnection(reader, writer, head.encode(), self._body, self._pace)
         return None
 
 
