@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -16,8 +17,9 @@ from pipelines.core.prediction_ids import new_prediction_id, time_of
 from serving.admission import Admission
 from serving.api import Endpoint, Exchange
 from serving.classification import Classification, Classifier
+from serving.explainer import Explainer
 from serving.metrics import CONTENT_TYPE, ServiceMetrics
-from serving.openapi import describe_api
+from serving.openapi import MAX_FORM_PARTS, describe_api
 from serving.prediction_log import FeedbackRecord, PredictionLog, PredictionRecord
 from serving.problems import BAD_REQUEST, INVALID_FIELD, NOT_READY, Problem
 from serving.rate_limits import RateLimiter
@@ -27,7 +29,6 @@ from serving.settings import ServingSettings
 
 JSON = "application/json"
 IMAGE_FIELD = "image"
-_MAX_OTHER_PARTS = 8  # of a form with one image; clients add fields of their own
 _MAX_FEEDBACK_BYTES = 2**14
 _CLOCK_SKEW = timedelta(minutes=5)
 
@@ -47,6 +48,7 @@ class Endpoints:
     Args:
         release: what is served.
         classifier: decodes and predicts.
+        explainer: draws heat maps.
         admission: bounds what is inside.
         predictions: keeps what was answered.
         metrics: counts.
@@ -59,13 +61,15 @@ class Endpoints:
         release: Release,
         classifier: Classifier,
         *,
+        explainer: Explainer,
         admission: Admission,
         predictions: PredictionLog,
         metrics: ServiceMetrics,
         rate_limiter: RateLimiter,
         settings: ServingSettings,
     ) -> None:
-        self._classifier, self._admission, self._predictions = classifier, admission, predictions
+        self._classifier, self._explainer = classifier, explainer
+        self._admission, self._predictions = admission, predictions
         self._metrics, self._rate_limiter, self._settings = metrics, rate_limiter, settings
         manifest = release.manifest
         self._manifest, self._labels = manifest, manifest.labels
@@ -79,6 +83,7 @@ class Endpoints:
         return {
             "/v1/predict": {"POST": Endpoint(self.predict, "predict")},
             "/v1/predict/batch": {"POST": Endpoint(self.predict_batch, "predict")},
+            "/v1/explain": {"POST": Endpoint(self.explain, "explain")},
             "/v1/feedback": {"POST": Endpoint(self.feedback, "feedback")},
             "/v1/model": {"GET": Endpoint(self.model, "model")},
             "/v1/openapi.json": {"GET": Endpoint(self.openapi)},
@@ -131,6 +136,25 @@ class Endpoints:
         failed = sum(isinstance(answer, Problem) for answer in answers)
         content = {"model": self._model, "succeeded": len(images) - failed, "failed": failed, "results": results}
         return Response(orjson.dumps(content), media_type=JSON)
+
+    async def explain(self, exchange: Exchange) -> Response:
+        """Draw where the model looked; `?label=` asks about another label than the predicted one."""
+        label = exchange.request.query_params.get("label")
+        if label is not None and label not in self._labels:
+            raise Problem(
+                INVALID_FIELD, f"`label` is none of this model's labels; send one of {', '.join(self._labels)}."
+            )
+        body = await self._read(exchange, self._settings.max_body_bytes)
+        try:
+            heat_map = await self._explainer.explain(self._only_image(exchange, body), label)
+        finally:
+            self._admission.give_bytes(len(body))
+        headers = {
+            "X-Explained-Label": quote(heat_map.label, safe=" "),  # a header holds no letters beyond Latin-1
+            "X-Explained-Probability": f"{heat_map.probability:.6f}",
+            "X-Explanation-Masks": str(heat_map.masks),
+        }
+        return Response(heat_map.png, headers=headers, media_type="image/png")
 
     async def feedback(self, exchange: Exchange) -> Response:
         """Keep the true label of an earlier prediction."""
@@ -194,7 +218,7 @@ class Endpoints:
     def _only_image(self, exchange: Exchange, body: bytes) -> bytes:
         if not is_multipart(exchange.request):
             return body
-        parts = split_parts(exchange.request, body, max_parts=_MAX_OTHER_PARTS)
+        parts = split_parts(exchange.request, body, max_parts=MAX_FORM_PARTS)
         images = [part.data for part in parts if part.field == IMAGE_FIELD]
         if len(images) != 1:
             found = f"{len(images)} fields `image`" if images else f"no field `image`{_named(parts)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipelines.core.image_decoding import Reason
 from pipelines.core.release_unit import ReleaseManifest
 from serving import problems
 from serving.problems import ProblemType
@@ -13,6 +14,9 @@ _EXAMPLE_ID = "01KAHM3Z8V5Q0W4T9X2R7N6C1B"
 _KEYED = (problems.UNAUTHORIZED, problems.FORBIDDEN, problems.RATE_LIMITED)
 _BODIED = (problems.BAD_REQUEST, problems.REQUEST_TIMEOUT, problems.TOO_LARGE, problems.OVERLOADED)
 _ANY = (problems.INTERNAL,)
+_IMAGE_ENCODING = {"image": {"contentType": "image/png, image/jpeg, image/bmp, image/tiff, image/gif, image/webp"}}
+
+MAX_FORM_PARTS = 8  # of a form with one image; clients add fields of their own
 
 
 def describe_api(manifest: ReleaseManifest, settings: ServingSettings) -> dict[str, Any]:
@@ -33,11 +37,15 @@ def describe_api(manifest: ReleaseManifest, settings: ServingSettings) -> dict[s
                 "schema": {
                     "type": "object",
                     "required": ["image"],
-                    "properties": {"image": {"type": "string", "contentMediaType": "application/octet-stream"}},
-                }
+                    "properties": {
+                        "image": {"type": "string", "minLength": 1, "contentMediaType": "application/octet-stream"}
+                    },
+                    "maxProperties": MAX_FORM_PARTS,
+                },
+                "encoding": _IMAGE_ENCODING,
             },
-            "image/*": {"schema": {"type": "string", "contentMediaType": "image/*"}},
-            "application/octet-stream": {"schema": {"type": "string", "contentMediaType": "image/*"}},
+            "image/*": {"schema": {"type": "string", "minLength": 1, "contentMediaType": "image/*"}},
+            "application/octet-stream": {"schema": {"type": "string", "minLength": 1, "contentMediaType": "image/*"}},
         },
     }
     images_body = {
@@ -55,7 +63,8 @@ def describe_api(manifest: ReleaseManifest, settings: ServingSettings) -> dict[s
                             "items": {"type": "string", "contentMediaType": "application/octet-stream"},
                         }
                     },
-                }
+                },
+                "encoding": _IMAGE_ENCODING,
             }
         },
     }
@@ -64,6 +73,9 @@ def describe_api(manifest: ReleaseManifest, settings: ServingSettings) -> dict[s
         *_BODIED,
         problems.UNSUPPORTED_MEDIA,
         problems.UNREADABLE_IMAGE,
+        problems.TOO_MANY_PIXELS,
+        problems.INVALID_FIELD,
+        problems.OUT_OF_TIME,
         *_ANY,
     )
     prediction = _prediction_example(manifest)
@@ -104,7 +116,7 @@ def describe_api(manifest: ReleaseManifest, settings: ServingSettings) -> dict[s
                     "requestBody": images_body,
                     "responses": {
                         "200": _answer("One result for each image", "BatchPrediction", _batch_example(prediction)),
-                        **_problem_answers((*_KEYED, *_BODIED, problems.INVALID_FIELD, *_ANY)),
+                        **_problem_answers((*_KEYED, *_BODIED, problems.INVALID_FIELD, problems.OUT_OF_TIME, *_ANY)),
                     },
                 }
             },
@@ -228,7 +240,13 @@ def _schemas(manifest: ReleaseManifest) -> dict[str, Any]:
                 "title": {"type": "string"},
                 "status": {"type": "integer"},
                 "detail": {"type": "string"},
-                "request_id": {"type": "string"},
+                "request_id": {"type": "string", "description": "As in the header X-Request-ID."},
+                "reason": {
+                    "type": "string",
+                    "enum": [str(reason) for reason in Reason],
+                    "description": "Why an image was refused.",
+                },
+                "limit_bytes": {"type": "integer", "description": "Most bytes of a body that is too large."},
             },
         },
         "Status": _object({"status": {"type": "string"}}),
@@ -286,6 +304,8 @@ def _problem_answer(kinds: list[ProblemType]) -> dict[str, Any]:
         for kind in kinds
     }
     headers = _headers()
+    if kinds[0].status == problems.UNAUTHORIZED.status:
+        headers["WWW-Authenticate"] = _header("What credential is asked for.", "string")
     if kinds[0].status in (429, 503):
         headers["Retry-After"] = _header("Seconds until a new try makes sense.", "integer")
     return {
