@@ -21,7 +21,14 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from pipelines.core.image_decoding import DecodingError, Reason, decode_image, decoding_floor_px, to_model_input
+from pipelines.core.image_decoding import (
+    DecodedImage,
+    DecodingError,
+    Reason,
+    decode_image,
+    decoding_floor_px,
+    to_model_input,
+)
 from pipelines.core.jpeg_markers import MalformedJpegError, read_jpeg_markers
 from serving.predictor import Predictor, Probabilities
 from serving.problems import (
@@ -60,30 +67,11 @@ _WAYS_OUT = {
 
 
 @dataclass(frozen=True, slots=True)
-class ImageInput:
-    """A decoded image, shaped for the model.
-
-    Attributes:
-        array: uint8 `(size_px, size_px, channels)`.
-        format: as Pillow names it, e.g. `PNG`.
-        mode: the file's own, e.g. `L`.
-        width_px: upright.
-        height_px: upright.
-    """
-
-    array: npt.NDArray[np.uint8]
-    format: str
-    mode: str
-    width_px: int
-    height_px: int
-
-
-@dataclass(frozen=True, slots=True)
 class Classification:
     """What the model says of one image.
 
     Attributes:
-        image: what it saw.
+        image: what was sent.
         label_index: of the most probable label.
         probabilities: one per label, in the order of the contract.
         begun: `time.perf_counter()` when its turn came.
@@ -91,7 +79,7 @@ class Classification:
         model_s: seconds in the model.
     """
 
-    image: ImageInput
+    image: DecodedImage
     label_index: int
     probabilities: list[float]
     begun: float
@@ -109,14 +97,18 @@ class Classifier:
         max_bytes: of one encoded image.
         timeout_s: seconds after which an answer comes too late.
         threads: for what is not quick.
+
+    Attributes:
+        predictor: the model.
+        contract: how an image must be shaped for it.
     """
 
     def __init__(
         self, predictor: Predictor, *, model_s: float, max_pixels: int, max_bytes: int, timeout_s: float, threads: int
     ) -> None:
         self.predictor = predictor
-        self._contract = predictor.contract.input
-        self._floor_px = decoding_floor_px(self._contract)
+        self.contract = predictor.contract.input
+        self._floor_px = decoding_floor_px(self.contract)
         self._max_pixels, self._max_bytes, self._timeout_s = max_pixels, max_bytes, timeout_s
         self._model_is_quick = model_s <= QUICK_MODEL_S
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="classify")
@@ -162,24 +154,26 @@ class Classifier:
                 headers={"Retry-After": "1"},
             ) from None
 
-    def decode(self, data: bytes) -> ImageInput:
-        """Decode and shape one image; the same road as in training.
+    def decode(self, data: bytes) -> DecodedImage:
+        """Decode one image.
 
         Raises:
             Problem: the bytes are no image that may be used.
         """
         try:
-            image = decode_image(data, max_pixels=self._max_pixels, max_bytes=self._max_bytes, floor_px=self._floor_px)
-            array = to_model_input(image.pixels, self._contract)
+            return decode_image(data, max_pixels=self._max_pixels, max_bytes=self._max_bytes, floor_px=self._floor_px)
         except DecodingError as error:
             raise _as_problem(error) from error
         except MemoryError as error:
             raise Problem(OVERLOADED, "Not enough memory for this image now.", headers={"Retry-After": "1"}) from error
-        return ImageInput(array, image.format, image.mode, image.width_px, image.height_px)
+
+    def shape(self, image: DecodedImage) -> npt.NDArray[np.uint8]:
+        """The image as the model sees it, uint8 `(size_px, size_px, channels)`; the same road as in training."""
+        return to_model_input(image.pixels, self.contract)
 
     def warm_up(self) -> None:
         """Classify real images of the usual formats, so that the first client does not wait for their decoders."""
-        picture = Image.linear_gradient("L").resize((self._contract.size_px, self._contract.size_px))
+        picture = Image.linear_gradient("L").resize((self.contract.size_px, self.contract.size_px))
         for image_format in ("PNG", "JPEG"):
             stream = io.BytesIO()
             picture.save(stream, image_format)
@@ -192,8 +186,9 @@ class Classifier:
     def _classify(self, data: bytes) -> Classification:
         begun = time.perf_counter()
         image = self.decode(data)
+        array = self.shape(image)
         decoded = time.perf_counter()
-        probabilities: Probabilities = self.predictor.predict(image.array[np.newaxis])
+        probabilities: Probabilities = self.predictor.predict(array[np.newaxis])
         model_s = time.perf_counter() - decoded
         row: list[float] = probabilities[0].tolist()
         return Classification(image, row.index(max(row)), row, begun, decoded - begun, model_s)

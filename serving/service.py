@@ -22,6 +22,7 @@ from serving.api import Api
 from serving.authentication import Authenticator
 from serving.classification import Classifier
 from serving.endpoints import Endpoints
+from serving.explainer import Explainer
 from serving.logs import RequestLog, configure_logging
 from serving.metrics import ServiceMetrics
 from serving.metrics_endpoint import MetricsEndpoint
@@ -103,10 +104,12 @@ class PredictionService:
             threads=math.ceil(len(os.sched_getaffinity(0)) / count_workers(settings)),
         )
         self._classifier.warm_up()
+        self._explainer = Explainer(self._classifier, manifest.labels, budget_s=settings.explain_budget_s)
         rate_limiter = RateLimiter.from_settings(settings)
         self._endpoints = Endpoints(
             release,
             self._classifier,
+            explainer=self._explainer,
             admission=Admission(max_requests=settings.max_concurrent, max_buffered_bytes=settings.max_buffered_bytes),
             predictions=self._predictions,
             metrics=self._metrics,
@@ -142,6 +145,7 @@ class PredictionService:
         """Ship what is kept; uvicorn calls this when the last answer is out."""
         self._endpoints.ready = False
         self._classifier.close()
+        self._explainer.close()
         self._predictions.close()
         self._tracing.close()
         self._metrics.close()

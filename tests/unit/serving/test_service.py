@@ -1,11 +1,13 @@
 """The service's application as BentoML makes it, over a tiny real model, without a socket."""
 
+import io
 import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from starlette.testclient import TestClient
 
 from pipelines.core.api_keys import ApiKeyFile, Scope, new_key, write_keys
@@ -42,6 +44,7 @@ def client(
         "MAX_BODY_BYTES": 20_000,
         "MAX_PIXELS": 40_000,
         "MAX_BATCH_ITEMS": 4,
+        "EXPLAIN_BUDGET_S": 0.2,
         "WORKERS": 1,
     }
     for name, value in environment.items():
@@ -130,10 +133,6 @@ def test_predict__bytes_that_are_no_image__are_named(
 
 
 def test_predict__bomb_of_pixels__is_refused_by_its_header(client: TestClient, make_image: MakeImage) -> None:
-    import io
-
-    from PIL import Image
-
     stream = io.BytesIO()
     Image.new("1", (9000, 9000)).save(stream, "PNG")
     assert_problem(client.post("/v1/predict", content=stream.getvalue()), 422, "too-many-pixels")
@@ -169,6 +168,27 @@ def test_batch__too_many_items_none_or_no_form__are_refused(client: TestClient, 
     assert_problem(client.post("/v1/predict/batch", files=many), 413, "too-large")
     assert_problem(client.post("/v1/predict/batch", files=[("scan", b"x")]), 422, "invalid-field")
     assert_problem(client.post("/v1/predict/batch", content=make_image()), 400, "bad-request")
+
+
+def test_explain__an_image__is_a_picture_of_the_predicted_label(client: TestClient, make_image: MakeImage) -> None:
+    data = make_image(40)
+    response = client.post("/v1/explain", content=data)
+    assert (response.status_code, response.headers["content-type"]) == (200, "image/png")
+    assert Image.open(io.BytesIO(response.content)).width >= 40
+    predicted = client.post("/v1/predict", content=data).json()
+    assert response.headers["x-explained-label"] == predicted["label"]
+    probability = float(response.headers["x-explained-probability"])
+    assert probability == pytest.approx(predicted["probabilities"][predicted["label"]], abs=1e-5)
+    assert int(response.headers["x-explanation-masks"]) >= 8
+
+
+def test_explain__another_label__is_explained_and_an_unknown_one_refused(
+    client: TestClient, make_image: MakeImage
+) -> None:
+    other = client.post("/v1/explain?label=square", files={"image": make_image()})
+    assert other.headers["x-explained-label"] == "square"
+    assert_problem(client.post("/v1/explain?label=cat", content=make_image()), 422, "invalid-field")
+    assert_problem(client.post("/v1/explain", content=b"text"), 415, "unsupported-media")
 
 
 def test_feedback__of_an_answer__is_kept(client: TestClient, make_image: MakeImage, tmp_path: Path) -> None:
