@@ -1,0 +1,145 @@
+"""Where releases run and traffic is divided: what the release engine asks of a laptop and of a cluster alike.
+
+A target holds three slots.  Which release is in a slot, and how traffic is divided, can be asked at any time, so that
+an engine that was killed finds out what it had done.  Every method is idempotent: called again, it changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+
+class Slot(StrEnum):
+    """A place for one release."""
+
+    STAGING = "staging"  # gets no client's traffic
+    STABLE = "stable"
+    CANARY = "canary"
+
+
+@dataclass(frozen=True)
+class ReleaseRef:
+    """A release unit in the artifact store.
+
+    Attributes:
+        model: name of the registered model.
+        version: in the registry.
+        digest: SHA-256 of the release unit.
+        address: file or s3:// address.
+    """
+
+    model: str
+    version: str
+    digest: str
+    address: str
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How clients' requests are divided.
+
+    Attributes:
+        canary_percent: 0 to 100 of the requests go to the canary, the rest to stable.
+        mirror: whether a copy of each request to stable also goes to the canary, its answer thrown away.
+    """
+
+    canary_percent: int = 0
+    mirror: bool = False
+
+
+@dataclass(frozen=True)
+class SlotCounters:
+    """What a slot's service has counted since it started; a window is the difference of two.
+
+    Attributes:
+        taken_at: seconds since the epoch.
+        started_at: of the service; another value means that it was started anew.
+        requests: to the prediction endpoints, answered.
+        errors: of these, answered with 5xx other than a refusal for want of room or rate.
+        crashes: worker processes that ended without being asked to.
+        latency_buckets: upper bound in seconds to cumulative count, as in a Prometheus histogram; the last is infinite.
+        labels: predicted label to count.
+    """
+
+    taken_at: float
+    started_at: float
+    requests: int
+    errors: int
+    crashes: int
+    latency_buckets: Mapping[float, int]
+    labels: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class TargetState:
+    """What runs and how traffic is divided, as the target itself says.
+
+    Attributes:
+        slots: what is in each slot; a slot without a release is left out.
+        ready: slots whose service takes requests.
+        routing: in force.
+    """
+
+    slots: Mapping[Slot, ReleaseRef]
+    ready: frozenset[Slot]
+    routing: Routing
+
+
+class ReleaseTarget(Protocol):
+    """A laptop, or a cluster."""
+
+    def state(self) -> TargetState:
+        """What is so now.
+
+        Raises:
+            TryLater: the target does not answer.
+        """
+
+    def deploy(self, slot: Slot, release: ReleaseRef) -> None:
+        """Put a release into a slot, in place of what is there; a slot with traffic is refused.
+
+        Raises:
+            Refusal: the slot has traffic, or the release cannot be verified.
+            TryLater: the target does not answer.
+        """
+
+    def wait_ready(self, slot: Slot, timeout_s: float) -> None:
+        """Wait until the slot's service takes requests.
+
+        Raises:
+            Refusal: it ended instead; the message holds its last lines.
+            TryLater: it was not ready in time.
+        """
+
+    def route(self, routing: Routing) -> None:
+        """Divide traffic from now on; no request fails by it.  Returns when it is in force.
+
+        Raises:
+            Refusal: a slot that would get traffic is not ready.
+            TryLater: the target does not answer.
+        """
+
+    def promote(self) -> None:
+        """The canary's service becomes the stable one and gets all traffic; the old one stays warm as the canary.
+
+        Killed in between and called again, it ends the same.
+        """
+
+    def observe(self, slot: Slot) -> SlotCounters | None:
+        """What a slot's service has counted; None when it cannot be asked."""
+
+    def remove(self, slot: Slot) -> None:
+        """End what is in a slot; one with traffic is refused.
+
+        Raises:
+            Refusal: the slot has traffic.
+        """
+
+    def client_url(self) -> str:
+        """Where clients send their requests."""
+
+    def slot_url(self, slot: Slot) -> str:
+        """Where one slot's service can be asked directly, past the division of traffic."""
