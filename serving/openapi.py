@@ -200,7 +200,7 @@ def describe_api(manifest: ReleaseManifest, settings: ServingSettings) -> dict[s
 
 def _schemas(manifest: ReleaseManifest) -> dict[str, Any]:
     label = {"type": "string", "enum": list(manifest.labels)}
-    prediction_id = {"type": "string", "pattern": "^[0-9A-HJKMNP-TV-Z]{26}$", "description": "A ULID."}
+    prediction_id = {"type": "string", "pattern": "^[0-7][0-9A-HJKMNP-TV-Z]{25}$", "description": "A ULID."}
     probability = {"type": "number", "minimum": 0, "maximum": 1}
     probabilities = _object(dict.fromkeys(manifest.labels, probability))
     model = _object({"name": {"type": "string"}, "version": {"type": "string"}})
