@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 
 from pipelines.core import image_decoding, image_features
 from pipelines.data.reading import UnusableFile
-from pipelines.data.shards import METADATA_COLUMNS, ShardEntry, ShardImages, file_sha256
+from pipelines.data.shards import METADATA_COLUMNS, ShardEntry, ShardImages, is_intact
 from pipelines.data.sources.base import SourceItem
 
 _ABANDONED_AFTER_S = 24 * 3600.0
@@ -164,10 +164,10 @@ class IngestCache:
                 self._rows[key] = (mark, CachedRow(shard, row))
 
     def _is_sound(self, shard: ShardEntry) -> bool:
-        """Whether a cached shard still has the bytes it was named after; checked once per run."""
+        """Whether a cached shard still holds what it was named after; checked once per run."""
         if shard.name not in self._sound:
             file = self.shard_file(shard)
-            sound = file.is_file() and file_sha256(file) == shard.sha256
+            sound = is_intact(file, shard)
             if not sound:
                 file.unlink(missing_ok=True)
                 (self._index / shard.name).unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 import datetime
 import hashlib
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,6 +12,7 @@ from pipelines.data.shards import (
     ShardCutter,
     ShardImages,
     ShardWriter,
+    is_intact,
     iterate_images,
     read_images,
     read_metadata,
@@ -90,7 +92,35 @@ def test_shard_writer__same_rows__gives_the_same_bytes(tmp_path):
     first, second = (write(tmp_path / folder, "shard", images) for folder in ("a", "b"))
     assert first == second
     assert (tmp_path / "a" / "shard").read_bytes() == (tmp_path / "b" / "shard").read_bytes()
-    assert first.name == hashlib.sha256((tmp_path / "a" / "shard").read_bytes()).hexdigest()[:16] + ".parquet"
+    assert first.name == f"{first.sha256[:16]}.parquet"
+
+
+def test_shard_writer__one_thing_changed__has_another_name(tmp_path):
+    images = [bytes([number]) * 300 for number in range(200)]
+    other_image = write(tmp_path, "b", [*images[:-1], b"other"])
+    assert len({write(tmp_path, "a", images).name, other_image.name, write(tmp_path, "c", images[:-1]).name}) == 3
+
+
+def test_is_intact__any_bit_that_is_read_turned__is_seen(tmp_path):
+    images = [np.random.default_rng(number).bytes(500) for number in range(20)]
+    entry, file = write(tmp_path, "shard", images), tmp_path / "shard"
+    assert is_intact(file, entry)
+    whole = file.read_bytes()
+    rng = np.random.default_rng(1)
+    unseen = []
+    for place in rng.choice(len(whole), 150, replace=False).tolist():
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << int(rng.integers(8))
+        file.write_bytes(damaged)
+        if is_intact(file, entry):
+            unseen.append(place)
+            assert list(iterate_images(file)) == images
+    assert len(unseen) < 5  # bits of page headers that no reader looks at
+    for broken in (b"", whole[:-1], whole[: len(whole) // 2], b"PAR1"):
+        file.write_bytes(broken)
+        assert not is_intact(file, entry)
+    file.unlink()
+    assert not is_intact(file, entry)
 
 
 @pytest.mark.parametrize("sizes", [[10] * 300, [5_000_000] * 5, [9_000_000, 1, 9_000_000], [1]])
