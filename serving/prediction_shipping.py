@@ -16,7 +16,7 @@ from pathlib import Path
 
 from serving.prediction_journal import DAMAGED_SUFFIX, SUFFIX, list_journals, read_journal, take_journal
 from serving.prediction_stores import PredictionStore
-from serving.prediction_tables import make_parquet_files
+from serving.prediction_tables import make_parquet_files, prepare
 
 _LOOK_INTERVAL_S = 5.0  # for journals of killed workers, and at the size of the spool
 _FIRST_RETRY_S = 1.0
@@ -55,6 +55,11 @@ class Shipper:
 
     def start(self) -> None:
         """Begin, with what killed processes left behind."""
+        prepare()
+        try:
+            self._store.prepare()
+        except Exception as error:  # noqa: BLE001 - a store that may be mended later costs no answer now
+            self._postpone(error)
         self._thread.start()
 
     def wake(self) -> None:

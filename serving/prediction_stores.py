@@ -19,6 +19,10 @@ _READ_TIMEOUT_S = 20
 class PredictionStore(Protocol):
     """Takes files."""
 
+    def prepare(self) -> None:
+        """Do beforehand what need not wait for the first file; asks nothing of the store."""
+        ...
+
     def put(self, path: str, content: bytes) -> None:
         """Store a file, or replace its equal.
 
@@ -50,6 +54,9 @@ class FolderPredictionStore:
     def __init__(self, root: Path) -> None:
         self._root = root
 
+    def prepare(self) -> None:
+        """Nothing to do."""
+
     def put(self, path: str, content: bytes) -> None:
         """Write beside the target, then rename: readers see no half a file.
 
@@ -71,7 +78,7 @@ class FolderPredictionStore:
 
 
 class S3PredictionStore:
-    """A prefix of an S3 bucket; boto3 finds credentials and region, and it is imported at the first file.
+    """A prefix of an S3 bucket; boto3 finds credentials and region.
 
     Args:
         bucket: the bucket's name.
@@ -83,14 +90,23 @@ class S3PredictionStore:
         self._prefix = f"{prefix}/" if prefix else ""
         self._client: S3Client | None = None
 
+    def prepare(self) -> None:
+        """Import boto3 and read its configuration.
+
+        Raises:
+            Exception: of botocore: the configuration is wrong.
+        """
+        if self._client is None:
+            self._client = _connect()
+
     def put(self, path: str, content: bytes) -> None:
         """Store by one request, which S3 completes or refuses as a whole.
 
         Raises:
             Exception: of botocore: no answer, no bucket, no credentials.
         """
-        if self._client is None:
-            self._client = _connect()
+        self.prepare()
+        assert self._client is not None  # noqa: S101 - prepared
         self._client.put_object(Bucket=self._bucket, Key=self._prefix + path, Body=content)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date, timedelta
@@ -64,6 +65,32 @@ def make_parquet_files(journal_id: str, content: JournalContent) -> Iterator[Par
         else:
             path = predictions_path(header.model, header.version, day, first, last, journal_id)
         yield ParquetFile(path, _write(part), part.num_rows)
+
+
+def prepare() -> None:
+    """Import what making files needs: under traffic, holding the interpreter's lock for it would make answers wait."""
+    import pyarrow as pa
+    import pyarrow.compute
+    import pyarrow.json
+    import pyarrow.parquet
+
+    # At the first Python value that it converts, pyarrow looks once whether there is pandas, and imports it: 0.3 s and
+    # 40 MB for nothing.  A release has none; where it happens to be installed, a worker is to be the same.
+    without_pandas = _WithoutPandas()
+    sys.meta_path.insert(0, without_pandas)
+    try:
+        pa.scalar(0)
+    finally:
+        sys.meta_path.remove(without_pandas)
+
+
+class _WithoutPandas:
+    """A finder to which there is no pandas."""
+
+    @staticmethod
+    def find_spec(name: str, _path: object = None, _target: object = None) -> None:
+        if name == "pandas":
+            raise ModuleNotFoundError(name=name)
 
 
 def _read_rows(content: JournalContent, kind: str) -> pa.Table:

@@ -1,5 +1,8 @@
 """The log, its journals and its shipper together, on real files; kills are in tests/integration/test_predictions.py."""
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -19,6 +22,7 @@ from serving.prediction_shipping import Shipper
 from serving.prediction_stores import FolderPredictionStore
 from serving.settings import ServingSettings
 
+PROJECT = Path(__file__).parents[3]
 MANIFEST = ReleaseManifest.model_construct(model="m", version="3", onnx_sha256="ab" * 32, labels=("cat", "dog"))
 HEADER = JournalHeader("predictions", "m", "3", "ab" * 32, ("cat", "dog"))
 
@@ -222,9 +226,27 @@ def _time_append(log: PredictionLog, record: PredictionRecord) -> float:
     return (time.perf_counter() - started) / 1000
 
 
-def test_module__imported__loads_neither_pyarrow_nor_boto3() -> None:
-    import subprocess
-    import sys
-
-    code = "import sys, serving.prediction_log; sys.exit(bool({'pyarrow', 'boto3', 'numpy'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+def test_log__in_a_process_of_its_own__imports_late_and_never_pandas(tmp_path) -> None:
+    code = f"""
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from pipelines.core.prediction_ids import new_prediction_id
+from pipelines.core.release_unit import ReleaseManifest
+from serving.prediction_log import PredictionLog, PredictionRecord
+from serving.settings import ServingSettings
+assert not {{"pyarrow", "boto3", "numpy"}} & set(sys.modules), "imported before it was started"
+manifest = ReleaseManifest.model_construct(model="m", version="3", onnx_sha256="ab" * 32, labels=("cat", "dog"))
+folder = Path({str(tmp_path)!r})
+log = PredictionLog(ServingSettings(predictions_url=str(folder / "kept"), spool_dir=folder / "spool"), manifest)
+log.start()
+assert "pyarrow.parquet" in sys.modules, "not imported before the first answer"
+log.append(PredictionRecord(new_prediction_id(), datetime.now(UTC), "r", "predict", "dog", 0.7, (0.3, 0.7), "", "PNG",
+                            "L", 8, 8, 300, "demo", 1.5))
+log.close()
+assert log.shipped_rows == 1
+assert "pandas" not in sys.modules, "a worker on a development machine is to be like one in a release"
+"""
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    answer = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
