@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ REQUIREMENTS = "serving/requirements.lock"
 
 _PACKAGES = ("pipelines", "serving")
 _ENTRY = "serving.service"
+_DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+(:\w+)?")
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,10 @@ def find_service_code(root: Path | None = None) -> ServiceCode:
 
 
 def _imports(root: Path, file: Path) -> set[Path]:
-    """Our own modules that a file imports anywhere, with the packages around them."""
+    """Our own modules that a file imports anywhere or names in a string, with the packages around them.
+
+    Servers are given some of their parts as strings, such as `serving.http_protocol:Protocol`.
+    """
     names: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -70,6 +75,8 @@ def _imports(root: Path, file: Path) -> set[Path]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             names.add(node.module)
             names.update(f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and _DOTTED.fullmatch(node.value):
+            names.add(node.value.partition(":")[0])
     return {found for name in names if name.split(".")[0] in _PACKAGES for found in _module_files(root, name)}
 
 

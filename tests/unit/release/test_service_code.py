@@ -112,6 +112,13 @@ def test_find_service_code__import_inside_a_function__is_followed(repository: Pa
     )
 
 
+@pytest.mark.parametrize("name", ["pipelines.core.unused", "pipelines.core.unused:Thing"])
+def test_find_service_code__module_named_in_a_string__is_followed(repository: Path, name: str) -> None:
+    """As a server is told which class speaks its protocol."""
+    (repository / "serving/service.py").write_text(f"protocol = {name!r}\n")
+    assert "pipelines/core/unused.py" in find_service_code(repository).files
+
+
 def test_find_service_code__commit_that_leaves_the_service_alone__does_not_count(repository: Path) -> None:
     before = find_service_code(repository).git_sha
     (repository / "pipelines/core/unused.py").write_text("edited = True\n")
