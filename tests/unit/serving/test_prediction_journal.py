@@ -43,7 +43,9 @@ def test_journal__written_and_closed__is_read_back(tmp_path: Path) -> None:
 @given(st.integers(0, 2000), st.integers(1, 255))
 def test_read_journal__torn_at_any_byte_or_one_byte_changed__loses_that_block_only(cut: int, flip: int) -> None:
     header = encode_block(_header_line())
-    blocks = [encode_block(b"".join(b'{"n":%d}\n' % (100 + 10 * block + row) for row in range(4))) for block in range(6)]
+    blocks = [
+        encode_block(b"".join(b'{"n":%d}\n' % (100 + 10 * block + row) for row in range(4))) for block in range(6)
+    ]
     data = header + b"".join(blocks)
     cut %= len(data)
 
