@@ -196,3 +196,11 @@ def test_decision_records__their_numbers__have_no_gap() -> None:
 
 def _commands_page() -> str:
     return (DOCS / "reference/commands.md").read_text()
+
+
+def test_client_page__its_table_of_problems__is_the_services(tmp_path: Path) -> None:
+    from serving.problems import ALL
+
+    page = (DOCS / "runbooks" / "client.md").read_text(encoding="utf-8")
+    told = re.findall(r"^\| `(urn:perch:[a-z-]+)` \| (\d+) \|", page, re.MULTILINE)
+    assert sorted(told) == sorted((kind.urn, str(kind.status)) for kind in ALL)
