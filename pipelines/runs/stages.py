@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.core.results import StageResult, write_json
-from pipelines.core.stage_graph import read_stage_graph
+from pipelines.core.stage_graph import StageNode, read_stage_graph
 from pipelines.core.workspace import Workspace
 from pipelines.errors import EXIT_REFUSED, PerchError, Refusal, TryLater
 from pipelines.params import load_params
@@ -70,12 +70,14 @@ def run_in_workspace(
     what any run has done before.  Other stages have side effects and run each time.
 
     Raises:
-        Refusal: the stage refused.
+        Refusal: the stage refused, or a stage before it has not run.
         TryLater: the stage asked for another try.
         PerchError: the stage's process ended in another way; its own log says how.
     """
     workspace.refusal_file(stage).unlink(missing_ok=True)
-    if stage in {node.name for node in read_stage_graph(workspace.root / "dvc.yaml")}:
+    nodes = {node.name: node for node in read_stage_graph(workspace.root / "dvc.yaml")}
+    if stage in nodes:
+        _refuse_skipped_steps(workspace, nodes[stage])
         command = [_tool("dvc"), "repro", "--quiet", "--single-item", stage]
         command += [] if use_run_cache else ["--no-run-cache"]
     else:
@@ -87,6 +89,18 @@ def run_in_workspace(
         f"{stage}: its process ended with exit code {code} and no word of its own\n"
         f"  what to do: read the log above; the workspace is {workspace.root}"
     )
+
+
+def _refuse_skipped_steps(workspace: Workspace, node: StageNode) -> None:
+    """DVC would only say that files are missing, and that to nobody."""
+    if missing := [name for name in node.upstream if not workspace.result_file(name).is_file()]:
+        run_id = workspace.root.name
+        raise Refusal(
+            f"{node.name} of run {run_id}",
+            f"needs what {' and '.join(missing)} {'makes' if len(missing) == 1 else 'make'}",
+            limit="the steps in their order",
+            way_out=f"`perch {missing[0]} --run {run_id}` first; `perch run --run {run_id}` does all that are left",
+        )
 
 
 def read_result(workspace: Workspace, stage: str) -> dict[str, Any]:

@@ -12,7 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.errors import EXIT_REFUSED, EXIT_TRY_LATER
+from pipelines.core.results import write_json
+from pipelines.core.workspace import Workspace
+from pipelines.errors import EXIT_REFUSED, EXIT_TRY_LATER, Refusal
+from pipelines.runs.stages import run_in_workspace
+from pipelines.settings import Settings
 
 PROJECT = Path(__file__).parents[3]
 
@@ -82,3 +86,14 @@ def test_bare_stage__disk_full_in_its_middle__asks_to_try_later(small_disk: Path
     (small_disk / "ballast").unlink()
     again = run_bare(small_disk, tmp_path / "home")
     assert again.returncode == 0, again.stderr
+
+
+def test_run_in_workspace__step_before_not_done__names_it(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path / "r1")
+    workspace.root.mkdir()
+    shutil.copy2(PROJECT / "dvc.yaml", workspace.root)
+    write_json(workspace.result_file("data_ingestion"), {})
+    settings = Settings(project_dir=tmp_path, home=tmp_path / "home", _env_file=None)
+    with pytest.raises(Refusal, match="data_preprocessing of run r1: needs what data_validation makes") as caught:
+        run_in_workspace(settings, workspace, "data_preprocessing")
+    assert "perch data_validation --run r1" in caught.value.way_out
