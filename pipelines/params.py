@@ -1,4 +1,4 @@
-"""`params.yaml` as frozen, strict models: one class per stage, every key with its meaning and its limits.
+"""`params.yaml` as frozen, strict models: one class per section, every key with its meaning and its limits.
 
 `load_params` is the one way in.  A mistake is refused with the key's path, the value and the limit, all mistakes at
 once.  Where the file lies, and what a run overrides in it, is the business of `pipelines.runs`.
@@ -230,6 +230,50 @@ class ModelRegistrationParams(Section):
     candidate_alias: Name = Field("candidate", description="MLflow alias of the latest version that passed.")
 
 
+class ModelReleaseParams(Section):
+    """The steps of a release, how long each lasts, and what its gates allow."""
+
+    shadow: bool = Field(True, description="Begin with copies of requests, before any client gets the canary's answer.")
+    canary_percents: list[Annotated[int, Field(ge=1, le=100)]] = Field(
+        [10, 50, 100],
+        min_length=1,
+        max_length=20,
+        description="Shares of the requests, one step each; the last is 100.",
+    )
+    min_step_s: Number = Field(600, ge=0, description="Seconds that each step lasts at least, whatever its gates say.")
+    max_step_s: Number = Field(
+        14_400, gt=0, description="Seconds after which a step whose gates still need data is rolled back."
+    )
+    max_error_rate: Share = Field(0.001, description="Share of the canary's requests that may fail.")
+    max_p95_ms: Number = Field(
+        500, gt=0, description="Milliseconds that 95 % of the canary's requests must stay below."
+    )
+    max_crashes: int = Field(0, ge=0, description="Worker processes of the canary that may end unasked in a step.")
+    max_blind_s: Number = Field(
+        30, gt=0, description="Seconds for which a canary with requests may give no metrics before it is rolled back."
+    )
+    ready_timeout_s: Number = Field(180, gt=0, description="Seconds that a release has to become ready.")
+    lease_s: Number = Field(15, gt=0, description="Seconds for which one process alone may move a release.")
+    abandoned_after_s: Number = Field(
+        120, gt=0, description="Seconds without a sign of the engine after which the watchdog takes the traffic away."
+    )
+
+    @field_validator("canary_percents")
+    @classmethod
+    def _percents_rise_to_all(cls, value: list[int]) -> list[int]:
+        if value != sorted(set(value)) or value[-1] != 100:
+            raise ValueError("must rise and end with 100, e.g. [10, 50, 100]")
+        return value
+
+    @model_validator(mode="after")
+    def _times_leave_room(self) -> ModelReleaseParams:
+        if self.max_step_s <= self.min_step_s:
+            raise ValueError(f"max_step_s {self.max_step_s:g} must be above min_step_s {self.min_step_s:g}")
+        if self.abandoned_after_s <= self.lease_s:
+            raise ValueError(f"abandoned_after_s {self.abandoned_after_s:g} must be above lease_s {self.lease_s:g}")
+        return self
+
+
 class Params(Section):
     """The whole of `params.yaml`."""
 
@@ -245,6 +289,7 @@ class Params(Section):
     model_training: ModelTrainingParams = ModelTrainingParams()
     model_evaluation: ModelEvaluationParams = ModelEvaluationParams()
     model_registration: ModelRegistrationParams = ModelRegistrationParams()
+    model_release: ModelReleaseParams = ModelReleaseParams()
 
 
 def load_params(path: Path) -> Params:

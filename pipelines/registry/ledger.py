@@ -10,23 +10,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pipelines.core.hash_chain import Record, canonical_json, find_breaks, link
 from pipelines.errors import Refusal
+from pipelines.registry.database import Database
 from pipelines.registry.patience import be_patient
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from sqlalchemy import Connection, Engine, Executable, Table
+    from sqlalchemy import Connection, Executable, Table
 
 Event = Literal["registered", "packaged", "approved", "traffic", "promoted", "rolled_back"]
 T = TypeVar("T")
 
 _ADVISORY_LOCK = 0x7065726368  # "perch"; any number will do, as long as every writer takes the same
-_SQLITE_WAIT_S = 30
 
 
 class Ledger:
@@ -37,20 +36,9 @@ class Ledger:
     """
 
     def __init__(self, url: str) -> None:
-        from sqlalchemy import make_url
-
-        parsed = make_url(url)
-        self.kind = parsed.get_backend_name()
-        self.shown_url = parsed.render_as_string(hide_password=True)
-        if self.kind not in {"sqlite", "postgresql"}:
-            raise Refusal(
-                f"the ledger's database {self.shown_url}",
-                self.kind,
-                limit="sqlite or postgresql",
-                way_out="set PERCH_DATABASE_URL to one of them, or unset it",
-            )
-        self._file = Path(parsed.database) if self.kind == "sqlite" and parsed.database else None
-        self._engine = _create_engine(url, self.kind)
+        self._database = Database(url)
+        self._engine = self._database.engine
+        self.kind, self.shown_url = self._database.kind, self._database.shown_url
         self._table = _define_table()
 
     def append(
@@ -113,8 +101,8 @@ class Ledger:
         def read() -> list[Record]:
             from sqlalchemy import inspect, select
 
-            if self._file is not None and not self._file.exists():
-                return []  # SQLite would create it
+            if self._database.is_missing:
+                return []
             query = select(self._table).order_by(self._table.c.sequence)
             if model is not None:
                 query = query.where(self._table.c.model == model)
@@ -135,15 +123,15 @@ class Ledger:
 
     def close(self) -> None:
         """Give the connections back."""
-        self._engine.dispose()
+        self._database.close()
 
     @contextmanager
     def _writing(self) -> Iterator[Connection]:
         """A transaction that no other writer is in; the table exists inside it."""
         from sqlalchemy import inspect, text
 
-        if self._file is not None:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
+        if self._database.file is not None:
+            self._database.file.parent.mkdir(parents=True, exist_ok=True)
         with self._engine.connect() as plain:
             connection = plain.execution_options(perch_begin="BEGIN IMMEDIATE")
             with connection.begin():
@@ -176,28 +164,6 @@ class Ledger:
             transient=lambda error: isinstance(error, OperationalError),
             name=f"the ledger's database {self.shown_url}",
         )
-
-
-def _create_engine(url: str, kind: str) -> Engine:
-    from sqlalchemy import create_engine, event
-    from sqlalchemy.pool import NullPool
-
-    # One connection per call: a process appends a row or two in its life, and a fork must not inherit connections.
-    if kind != "sqlite":
-        return create_engine(url, poolclass=NullPool)
-    engine = create_engine(url, poolclass=NullPool, connect_args={"timeout": _SQLITE_WAIT_S})
-
-    @event.listens_for(engine, "connect")
-    def _prepare(connection: Any, _record: object) -> None:
-        connection.isolation_level = None  # the driver would begin transactions by itself, and too late
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=FULL")
-
-    @event.listens_for(engine, "begin")
-    def _begin(connection: Connection) -> None:
-        connection.exec_driver_sql(connection.get_execution_options().get("perch_begin", "BEGIN"))
-
-    return engine
 
 
 def _define_table() -> Table:

@@ -1,0 +1,66 @@
+"""Which version serves by the ledger, and which served before it: what MLflow's aliases have to agree with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from pipelines.core.hash_chain import Record
+
+CHAMPION = "champion"
+PREVIOUS = "previous"
+
+
+@dataclass(frozen=True)
+class Champions:
+    """The two versions of a model that a release moves; None where there is none.
+
+    Attributes:
+        champion: serves.
+        previous: served before it, and is what a rollback goes back to.
+    """
+
+    champion: str | None = None
+    previous: str | None = None
+
+    def as_aliases(self) -> dict[str, str | None]:
+        """Alias to version."""
+        return {CHAMPION: self.champion, PREVIOUS: self.previous}
+
+
+def champions_by_ledger(records: Iterable[Record], model: str) -> Champions:
+    """What the last promotion, or the last rollback of one, left behind.
+
+    Their rows say in their evidence who is `champion` and `previous` from then on; a rollback of a canary, which moves
+    neither, does not.  A promotion recorded without them makes its own version the champion.
+    """
+    found = Champions()
+    for record in records:
+        if record.model != model or record.event not in ("promoted", "rolled_back"):
+            continue
+        evidence = json.loads(record.evidence)
+        if "champion" in evidence:
+            found = Champions(evidence["champion"], evidence.get("previous"))
+        elif record.event == "promoted":
+            found = Champions(record.version, found.champion)
+    return found
+
+
+def find_alias_disagreements(model: str, aliases: Mapping[str, str], by_ledger: Champions) -> list[str]:
+    """Where `champion` and `previous` point elsewhere than the ledger says, one sentence each.
+
+    Args:
+        model: name of the registered model.
+        aliases: alias to version, as MLflow has them.
+        by_ledger: of `champions_by_ledger`.
+    """
+    return [
+        f"alias {alias} of {model} points at {_name(aliases.get(alias))}, the ledger's is {_name(expected)}"
+        for alias, expected in by_ledger.as_aliases().items()
+        if aliases.get(alias) != expected
+    ]
+
+
+def _name(version: str | None) -> str:
+    return f"v{version}" if version is not None else "no version"

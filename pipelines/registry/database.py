@@ -1,0 +1,72 @@
+"""The SQL database that holds the ledger and what lies beside it: SQLite on a laptop, PostgreSQL beyond."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.errors import Refusal
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection, Engine
+
+SQLITE_WAIT_S = 30.0
+
+
+class Database:
+    """An engine whose transactions begin as `perch_begin` says, with connections that live for one call.
+
+    Args:
+        url: SQLAlchemy's.
+        wait_s: how long SQLite waits for another writer.
+
+    Raises:
+        Refusal: the URL names another kind of database than SQLite or PostgreSQL.
+    """
+
+    def __init__(self, url: str, *, wait_s: float = SQLITE_WAIT_S) -> None:
+        from sqlalchemy import make_url
+
+        parsed = make_url(url)
+        self.kind = parsed.get_backend_name()
+        self.shown_url = parsed.render_as_string(hide_password=True)
+        if self.kind not in {"sqlite", "postgresql"}:
+            raise Refusal(
+                f"the ledger's database {self.shown_url}",
+                self.kind,
+                limit="sqlite or postgresql",
+                way_out="set PERCH_DATABASE_URL to one of them, or unset it",
+            )
+        self.file = Path(parsed.database) if self.kind == "sqlite" and parsed.database else None
+        self.engine = _create_engine(url, self.kind, wait_s)
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether it is a file that is not there; SQLite would create it."""
+        return self.file is not None and not self.file.exists()
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self.engine.dispose()
+
+
+def _create_engine(url: str, kind: str, wait_s: float) -> Engine:
+    from sqlalchemy import create_engine, event
+    from sqlalchemy.pool import NullPool
+
+    # One connection per call: a process appends a row or two in its life, and a fork must not inherit connections.
+    if kind != "sqlite":
+        return create_engine(url, poolclass=NullPool)
+    engine = create_engine(url, poolclass=NullPool, connect_args={"timeout": wait_s})
+
+    @event.listens_for(engine, "connect")
+    def _prepare(connection: Any, _record: object) -> None:
+        connection.isolation_level = None  # the driver would begin transactions by itself, and too late
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        connection.exec_driver_sql(connection.get_execution_options().get("perch_begin", "BEGIN"))
+
+    return engine
