@@ -1,0 +1,44 @@
+"""Refuses connections while the server drains, instead of letting them wait for nobody.
+
+On SIGTERM BentoML's arbiter (circus) tells the workers to end and closes the listening socket when they have.  Until
+then the kernel goes on accepting connections that no worker takes any more: their clients wait for as long as the
+slowest request drains, and are cut off in the end.  Refused at once, a client or its proxy goes elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import sys
+from typing import Any
+
+_ARBITER_MODULE = "bentoml.__main__"  # `python -m bentoml serve`, as `python -m serving` starts it
+
+
+def refuse_connections_while_draining() -> None:
+    """Change the arbiter of this process; does nothing in workers, which have none."""
+    main = getattr(sys.modules.get("__main__"), "__spec__", None)
+    if main is not None and main.name == _ARBITER_MODULE:
+        from circus.arbiter import Arbiter  # type: ignore[import-untyped]
+
+        change(Arbiter)
+
+
+def change(arbiter: Any) -> None:
+    """Make an arbiter's class shut its listening sockets before it ends its workers for good.
+
+    `shutdown` of a listening socket, unlike `close`, acts on the socket itself and so for every process that holds it.
+
+    Args:
+        arbiter: `circus.arbiter.Arbiter`.
+    """
+    stop_watchers = arbiter._stop_watchers
+
+    def shut_then_stop(self: Any, *arguments: Any, **options: Any) -> Any:
+        if self._stopping:  # not when it only restarts them
+            for listener in self.sockets.values():
+                with contextlib.suppress(OSError):  # shut already
+                    listener.shutdown(socket.SHUT_RDWR)
+        return stop_watchers(self, *arguments, **options)
+
+    arbiter._stop_watchers = shut_then_stop
