@@ -200,7 +200,10 @@ class Classifier:
             try:
                 answers.append(self._classify(data))
             except Problem as problem:
-                answers.append(problem)
+                # Without the tracebacks, whose frames hold the image, all the others and, in a circle, this list: the
+                # memory of a batch would be free only when the collector comes by.
+                problem.__cause__ = problem.__context__ = None
+                answers.append(problem.with_traceback(None))
         return answers
 
 

@@ -130,3 +130,13 @@ def test_run__work_that_takes_too_long__is_a_503_and_what_waits_behind_it_never_
     assert time.monotonic() - started < 2
     assert begun == ["first"]
     classifier.close()
+
+
+def test_classify_many__images_that_fail__are_held_by_nothing_once_answered(classifier: Classifier) -> None:
+    answers = asyncio.run(classifier.classify_many([b"text", b"\x89PNG\r\n\x1a\n??"]))
+    for answer in answers:
+        assert isinstance(answer, Problem)
+        # Frames of a traceback hold their locals: the bytes, and in a circle the list of answers.
+        assert answer.__traceback__ is None
+        assert answer.__cause__ is None
+        assert answer.__context__ is None
