@@ -57,11 +57,12 @@ class SlotCounters:
     Attributes:
         taken_at: seconds since the epoch.
         started_at: of the service; another value means that it was started anew.
-        requests: to the prediction endpoints, answered.
+        requests: to the prediction endpoints that a prediction was due to: answered with one, or with an error.
         errors: of these, answered with 5xx other than a refusal for want of room or rate.
-        crashes: worker processes that ended without being asked to.
+        crashes: processes of the service, workers among them, that ended without being asked to since the deployment.
         latency_buckets: upper bound in seconds to cumulative count, as in a Prometheus histogram; the last is infinite.
         labels: predicted label to count.
+        client_errors: answered with 4xx, in none of the others: a release may wrongly turn good images away.
     """
 
     taken_at: float
@@ -71,6 +72,7 @@ class SlotCounters:
     crashes: int
     latency_buckets: Mapping[float, int]
     labels: Mapping[str, int]
+    client_errors: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class ReleaseTarget(Protocol):
         """Put a release into a slot, in place of what is there; a slot with traffic is refused.
 
         Raises:
-            Refusal: the slot has traffic, or the release cannot be verified.
+            Refusal: the slot has traffic.
             TryLater: the target does not answer.
         """
 
@@ -110,22 +112,30 @@ class ReleaseTarget(Protocol):
         """Wait until the slot's service takes requests.
 
         Raises:
-            Refusal: it ended instead; the message holds its last lines.
+            Refusal: it ended instead, as it does when the release cannot be verified; the message holds its last lines.
             TryLater: it was not ready in time.
         """
 
     def route(self, routing: Routing) -> None:
         """Divide traffic from now on; no request fails by it.  Returns when it is in force.
 
+        Before the first call, or the first `promote`, clients get to no slot at all: they are told that no model has
+        been released.
+
         Raises:
-            Refusal: a slot that would get traffic is not ready.
+            Refusal: a slot that has no traffic yet and would get some is not ready.
             TryLater: the target does not answer.
         """
 
     def promote(self) -> None:
         """The canary's service becomes the stable one and gets all traffic; the old one stays warm as the canary.
 
-        Killed in between and called again, it ends the same.
+        Killed in between and called again, it ends the same: what was stable before is left in the canary's slot until
+        it gets traffic (`route`, to go back to it) or is replaced.  Without a stable one the canary simply becomes it.
+
+        Raises:
+            Refusal: there is no canary, or it had no traffic and is not ready.
+            TryLater: the target does not answer.
         """
 
     def observe(self, slot: Slot) -> SlotCounters | None:
