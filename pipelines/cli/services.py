@@ -21,7 +21,7 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def up() -> None:
-    """Start MLflow, Airflow and, once a version is packaged, the prediction service, supervised, on free ports."""
+    """Start MLflow, Airflow, Envoy and what was last served, supervised, on free ports."""
     from rich.console import Console
 
     from pipelines.services.secrets import passwords_file
@@ -35,8 +35,7 @@ def up() -> None:
     console.print(
         f"MLflow   {ports.mlflow_uri}\nAirflow  {ports.airflow_uri}  (admin / see {passwords_file(settings)})"
     )
-    if "serving" in stack.status():
-        console.print(f"Serving  {ports.serving_uri}")
+    console.print(f"Serving  {ports.serving_uri}")
 
 
 def status() -> None:
@@ -59,8 +58,7 @@ def status() -> None:
     console.print(table)
     ports = stack.ports()
     console.print(f"MLflow   {ports.mlflow_uri}\nAirflow  {ports.airflow_uri}")
-    if "serving" in states:
-        console.print(f"Serving  {ports.serving_uri}")
+    console.print(f"Serving  {ports.serving_uri}")
     console.print(f"memory   {stack.memory_bytes() / 1e9:.1f} GB")
     if any(state != "RUNNING" for state in states.values()):
         raise typer.Exit(1)

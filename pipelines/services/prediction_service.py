@@ -79,14 +79,11 @@ def require_packaged_version(settings: Settings, model: str, version: int | None
     )
 
 
-def serving_command(settings: Settings, packaged: PackagedVersion) -> tuple[list[str], dict[str, str]]:
-    """The command that serves a packaged version, and its environment.
+def serving_environment(settings: Settings) -> dict[str, str]:
+    """What a service of this machine is told: keys, folders, stores.
 
     What is set in the environment already (`PERCH_SERVING_*`) stays: limits, workers, address, other stores.
     """
-    from pipelines.core.release_unit import release_name
-
-    ensure_demo_key(settings)
     folder = settings.home / "serving"
     defaults = {
         "API_KEYS_FILE": str(api_keys_file(settings)),
@@ -97,6 +94,20 @@ def serving_command(settings: Settings, packaged: PackagedVersion) -> tuple[list
         "S3_ENDPOINT_URL": settings.s3_endpoint_url,
         "HOST": "127.0.0.1",
     }
-    environment = {f"PERCH_SERVING_{name}": value for name, value in defaults.items() if value} | dict(os.environ)
-    address = open_store(settings).address(release_name(packaged.digest))
+    given = {name: value for name, value in os.environ.items() if name.startswith("PERCH_SERVING_")}
+    return {f"PERCH_SERVING_{name}": value for name, value in defaults.items() if value} | given
+
+
+def release_address(settings: Settings, digest: str) -> str:
+    """Where a release lies, for `python -m serving`."""
+    from pipelines.core.release_unit import release_name
+
+    return open_store(settings).address(release_name(digest))
+
+
+def serving_command(settings: Settings, packaged: PackagedVersion) -> tuple[list[str], dict[str, str]]:
+    """The command that serves a packaged version, and its environment."""
+    ensure_demo_key(settings)
+    environment = {**os.environ, **serving_environment(settings)}
+    address = release_address(settings, packaged.digest)
     return [sys.executable, "-m", "serving", address, "--digest", packaged.digest], environment

@@ -1,4 +1,4 @@
-"""What runs beside the pipeline on one machine: MLflow and the parts of Airflow, each as a supervised program."""
+"""What runs beside the pipeline on one machine: MLflow, Airflow's parts, Envoy and the prediction services."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipelines.release.local_layout import ENVOY, LocalLayout
+from pipelines.release.local_plan import PROCESSES
+from pipelines.services.prediction_service import serving_environment
 from pipelines.services.secrets import ROLES, ensure_airflow_keys, passwords_file
 from pipelines.settings import Settings
 
@@ -49,7 +52,7 @@ class Ports:
 
     @property
     def serving_uri(self) -> str:
-        """The prediction service's address."""
+        """The address of predictions, which is Envoy's."""
         return f"http://{HOST}:{self.serving}"
 
 
@@ -135,11 +138,21 @@ def airflow_programs(settings: Settings, ports: Ports) -> list[Program]:
     ]
 
 
-def serving_program(settings: Settings, ports: Ports) -> Program:
-    """The prediction service over the champion, or before any release over the last version packaged."""
+def envoy_program(settings: Settings, ports: Ports) -> Program:
+    """Envoy, which takes the clients' requests and divides them among the slots."""
+    layout = LocalLayout(settings.home)
     return Program(
-        name="serving",
-        command=(tool("perch"), "serve", "--port", str(ports.serving)),
+        name=ENVOY,
+        # Restarts by handing over sockets would share memory between the Envoys of a machine.
+        command=(tool("envoy"), "--config-path", str(layout.bootstrap_file), "--disable-hot-restart"),
         environment=common_environment(settings, ports),
-        health_url=f"{ports.serving_uri}/readyz",
     )
+
+
+def slot_programs(settings: Settings, ports: Ports) -> list[Program]:
+    """The services of the slots; what each of them serves, the local target says."""
+    environment = {**common_environment(settings, ports), **serving_environment(settings)}
+    return [
+        Program(process, (sys.executable, "-m", "pipelines.release.slot_process", process), environment)
+        for process in PROCESSES
+    ]

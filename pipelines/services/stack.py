@@ -9,7 +9,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -27,18 +26,24 @@ from pipelines.core.results import write_json
 from pipelines.errors import PerchError, Refusal, TryLater
 from pipelines.params import load_params
 from pipelines.registry.mlflow_database import ensure_database
-from pipelines.services.prediction_service import PackagedVersion, find_packaged_version
+from pipelines.release.local_layout import LocalPorts, SlotPorts
+from pipelines.release.local_plan import PROCESSES
+from pipelines.release.local_target import LocalTarget
+from pipelines.release.supervision import supervisor_proxy, supervisor_socket
+from pipelines.release.targets import ReleaseRef, Slot
+from pipelines.services.prediction_service import PackagedVersion, find_packaged_version, release_address
 from pipelines.services.programs import (
     HOST,
     Ports,
     Program,
     airflow_environment,
     airflow_programs,
+    envoy_program,
     mlflow_program,
-    serving_program,
+    slot_programs,
     tool,
 )
-from pipelines.services.secrets import ensure_passwords
+from pipelines.services.secrets import ensure_demo_key, ensure_passwords
 from pipelines.settings import Settings
 
 PREFERRED_PORTS = Ports(mlflow=5001, airflow=8080, serving=3000)
@@ -55,9 +60,8 @@ class Stack:
         self.settings = settings
         self.folder = settings.home / "services"
         self.working_folder = self.folder / "working"
-        # A Unix socket's path may have 107 bytes, a checkout's may have more.
-        digest = sha256(str(settings.home).encode()).hexdigest()[:12]
-        self.socket = Path(tempfile.gettempdir()) / f"perch-{os.getuid()}-{digest}.sock"
+        self.socket = supervisor_socket(settings.home)
+        self.target = LocalTarget(settings)
 
     def up(self, report: Report, ports: Ports | None = None) -> Ports:
         """Start what is not running and wait until it answers.
@@ -71,22 +75,16 @@ class Stack:
             PerchError: a program ended or did not answer in time; the message holds its log's last lines.
         """
         running = self.status()
-        if running and all(state == "RUNNING" for state in running.values()):
+        # A slot's service that does not run is the release engine's business, and no reason to end the others.
+        if running and all(state == "RUNNING" for name, state in running.items() if name not in PROCESSES):
+            self.target.resume()
             return self.ports()
         self.down()
         _refuse_missing_tools()
         ports = ports or choose_ports()
         programs = [mlflow_program(self.settings, ports), *airflow_programs(self.settings, ports)]
-        serving = serving_program(self.settings, ports)
-        self.working_folder.mkdir(parents=True, exist_ok=True)
-        ensure_passwords(self.settings)
-        write_json(self.folder / "ports.json", asdict(ports))
-        config = self.folder / "supervisord.conf"
-        config.touch(mode=0o600)
-        config.write_text(_render_config(self, [*programs, serving]), encoding="utf-8")
-        subprocess.run(
-            [tool("supervisord"), "--configuration", str(config)], check=True, cwd=self.folder, env=self._environment()
-        )
+        self.supervise(programs, ports)
+        self.open_to_clients(report)
         mlflow, api, *rest = programs
         # Whole or not at all: a kill among MLflow's migrations leaves a database that never opens again.
         ensure_database(self.settings.home / "mlflow" / "mlflow.db")
@@ -100,27 +98,51 @@ class Stack:
             self._start(program, report)
         for program in rest:
             self._wait_healthy(program)
-        self.serve(report)
         return ports
 
+    def supervise(self, programs: list[Program], ports: Ports) -> None:
+        """Start the supervisor over these programs, Envoy and the slots' services; none of them runs yet."""
+        self.working_folder.mkdir(parents=True, exist_ok=True)
+        ensure_passwords(self.settings)
+        ensure_demo_key(self.settings)
+        write_json(self.folder / "ports.json", asdict(ports))
+        self.target.lay_out(_choose_local_ports(self.settings.home, ports.serving))
+        serving = [envoy_program(self.settings, ports), *slot_programs(self.settings, ports)]
+        config = self.folder / "supervisord.conf"
+        config.touch(mode=0o600)
+        config.write_text(_render_config(self, [*programs, *serving]), encoding="utf-8")
+        subprocess.run(
+            [tool("supervisord"), "--configuration", str(config)], check=True, cwd=self.folder, env=self._environment()
+        )
+
+    def open_to_clients(self, report: Report) -> None:
+        """Start Envoy and what the slots hold, before the rest: that takes half a minute."""
+        envoy = envoy_program(self.settings, self.ports())
+        self._start(envoy, report)
+        self.target.resume()
+        self._wait_healthy(envoy)
+
     def serve(self, report: Report) -> PackagedVersion | None:
-        """Serve the champion, or before any release the last packaged version, in place of what was served.
+        """Give all traffic to the champion, or before any release to the last packaged version, without a rollout.
 
         Returns:
             What is served now; None where no version is packaged yet.
 
         Raises:
-            PerchError: the service ended or did not answer in time; the message holds its log's last lines.
+            Refusal: another release has the canary's traffic, or this one cannot be served.
+            TryLater: the service was not ready in time.
         """
         model = load_params(self.settings.project_dir / "params.yaml").model_name
         packaged = find_packaged_version(self.settings, model)
         if packaged is None:
             return None
-        program = serving_program(self.settings, self.ports())
-        if program.name in self.status():
-            self._require_supervisor().supervisor.stopProcess(program.name)
-        self._start(program, report)
-        self._wait_healthy(program)
+        address = release_address(self.settings, packaged.digest)
+        release = ReleaseRef(model, str(packaged.version), packaged.digest, address)
+        if self.target.state().slots.get(Slot.STABLE) != release:
+            report(f"starting {model} v{packaged.version}")
+            self.target.deploy(Slot.CANARY, release)
+            self.target.wait_ready(Slot.CANARY, _START_LIMIT_S)
+            self.target.promote()
         return packaged
 
     def down(self) -> bool:
@@ -146,12 +168,16 @@ class Stack:
     def status(self) -> dict[str, str]:
         """Program name to supervisor's state (RUNNING, STARTING, BACKOFF, …); empty when nothing is up.
 
-        What was never started, the prediction service before there is a release, is left out.
+        What was never started, and a slot's service that was ended on purpose, is left out.
         """
         supervisor = self._supervisor()
         if supervisor is None:
             return {}
-        return {info["name"]: info["statename"] for info in supervisor.supervisor.getAllProcessInfo() if info["start"]}
+        return {
+            info["name"]: info["statename"]
+            for info in supervisor.supervisor.getAllProcessInfo()
+            if info["start"] and not (info["name"] in PROCESSES and info["statename"] == "STOPPED")
+        }
 
     def ports(self) -> Ports:
         """The ports chosen by the last `up`."""
@@ -220,7 +246,7 @@ class Stack:
     def _supervisor(self) -> Any | None:
         if not self.socket.exists():
             return None
-        proxy = self._proxy()
+        proxy = supervisor_proxy(self.socket)
         try:
             proxy.supervisor.getPID()
         except (OSError, xmlrpc.client.Error):
@@ -232,11 +258,6 @@ class Stack:
         if supervisor is None:
             raise PerchError(f"supervisord is gone\n  what to do: look at {self.folder}/supervisord.log")
         return supervisor
-
-    def _proxy(self) -> Any:
-        from supervisor.xmlrpc import SupervisorTransport
-
-        return xmlrpc.client.ServerProxy(f"http://{HOST}", SupervisorTransport(serverurl=f"unix://{self.socket}"))
 
     def _environment(self) -> dict[str, str]:
         return {**os.environ, "PERCH_HOME": str(self.settings.home)}
@@ -316,6 +337,22 @@ def choose_ports() -> Ports:
     return Ports(**chosen)
 
 
+def _choose_local_ports(home: Path, clients: int) -> LocalPorts:
+    """Ports for Envoy's own pages and the slots' services; clients need not know them.
+
+    They stay free until a service is started hours later only outside the range from which the kernel takes ports for
+    outgoing connections (32768 and up on Linux).  Where the search begins depends on the home, so that two homes seldom
+    look at the same ports.
+    """
+    first = 20_000 + int(sha256(str(home).encode()).hexdigest(), 16) % 11_000
+    free = (port for port in range(first, 32_768) if port != clients and _is_free(port))
+    return LocalPorts(
+        clients=clients,
+        admin=next(free),
+        slots={process: SlotPorts(api=next(free), metrics=next(free)) for process in PROCESSES},
+    )
+
+
 def _is_free(port: int) -> bool:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -335,7 +372,7 @@ def any_free_port() -> int:
 
 
 def _refuse_missing_tools() -> None:
-    for name in ("supervisord", "airflow", "mlflow"):
+    for name in ("supervisord", "airflow", "mlflow", "envoy"):
         if shutil.which(name, path=str(Path(sys.executable).parent)) is None:
             raise Refusal(
                 f"the program {name}", "is not in this environment", way_out="`make env` installs the lock file"
