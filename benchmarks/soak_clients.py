@@ -362,9 +362,15 @@ class SlowConnection:
         await asyncio.sleep(self.pace * seconds)
 
     async def send(self, data: bytes, *, pieces: int = 1, pause_s: float = 0.0) -> None:
-        """Send in pieces; stops quietly where the server hangs up or has answered."""
+        """Send in pieces.
+
+        Raises:
+            OSError: the server has closed the connection.
+        """
         size = -(-len(data) // pieces)
         for start in range(0, len(data), size):
+            if self.writer.transport.is_closing():  # uvloop's transport raises RuntimeError
+                raise ConnectionResetError("closed by the server")
             self.writer.write(data[start : start + size])
             await self.writer.drain()
             await self.pause(pause_s)
