@@ -60,6 +60,10 @@ class LocalLayout:
         """What a slot's process notes when it starts."""
         return self.folder / f"{process}.json"
 
+    def spool_folder(self, process: str) -> Path:
+        """Where a process's predictions wait to be stored."""
+        return self.home / "serving" / process / "spool"
+
     def log_file(self, process: str) -> Path:
         """What a process printed."""
         return self.home / "services" / f"{process}.log"

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from pipelines.errors import EXIT_REFUSED, Refusal, TryLater
+from pipelines.errors import Refusal, TryLater
 from pipelines.release.envoy import (
     bootstrap,
     read_config_dump,
@@ -28,7 +28,7 @@ from pipelines.release.envoy import (
 from pipelines.release.local_layout import ENVOY, HOST, LocalLayout, LocalPorts
 from pipelines.release.local_plan import PROCESSES, Deployment, Plan
 from pipelines.release.slot_metrics import fetch_metrics, read_counts
-from pipelines.release.slot_process import read_starts
+from pipelines.release.slot_process import START_LINE, end_leftovers, read_starts
 from pipelines.release.supervision import Supervisor
 from pipelines.release.targets import ReleaseRef, Routing, Slot, SlotCounters, TargetState
 from pipelines.settings import Settings
@@ -39,6 +39,7 @@ _ROUTABLE_LIMIT_S = 10.0
 _LOCK_LIMIT_S = 120.0  # of a deployment, which ends a service first
 _ASK_LIMIT_S = 3.0
 _LOG_LINES = 15
+_MOST_STARTS = 5  # of a service that was not ready in between: some 20 s
 
 
 class LocalTarget:
@@ -84,7 +85,7 @@ class LocalTarget:
             there = plan.slots.get(slot)
             if there is None or there.release != release:
                 changed = plan.deployed(slot, release, _count_workers(slot))
-                self._supervisor.stop(changed.slots[slot].process)
+                self._stop(changed.slots[slot].process)
                 self._layout.started_file(changed.slots[slot].process).unlink(missing_ok=True)
                 plan = self._write(changed)
             self._align(plan)
@@ -96,9 +97,9 @@ class LocalTarget:
             deployment = self._deployment(slot)
             if self._is_ready(deployment):
                 return
-            info = self._supervisor.info(deployment.process)
-            refused = info["statename"] in {"BACKOFF", "EXITED"} and info["exitstatus"] == EXIT_REFUSED
-            if refused or info["statename"] in {"FATAL", "STOPPED"}:
+            # The supervisor starts again what ends, but not what was refused.
+            starts = read_starts(self._layout, deployment.process).get("starts", 0)
+            if not self._supervisor.is_up(deployment.process) or starts > _MOST_STARTS:
                 raise Refusal(
                     f"the service in the slot {slot}",
                     f"ended while starting; the last lines of its log:\n{self._log_tail(deployment.process)}",
@@ -216,13 +217,16 @@ class LocalTarget:
         """Bring the processes in line with the plan."""
         wanted = {deployment.process for deployment in plan.slots.values()}
         for process in PROCESSES:
-            up = self._supervisor.is_up(process)
-            if up and process not in wanted:
-                self._supervisor.stop(process)
-            elif not up and process in wanted:
+            if process not in wanted:
+                self._stop(process)
+            elif not self._supervisor.is_up(process):
                 # Started by us, not after a crash: it counts its starts from one.
                 self._layout.started_file(process).unlink(missing_ok=True)
                 self._supervisor.start(process)
+
+    def _stop(self, process: str) -> None:
+        self._supervisor.stop(process)
+        end_leftovers(self._layout, process)
 
     # Traffic.
 
@@ -303,10 +307,10 @@ class LocalTarget:
         return status == http.client.OK
 
     def _log_tail(self, process: str) -> str:
+        """The last lines since the last start."""
         file = self._layout.log_file(process)
-        if not file.is_file():
-            return "(no log)"
-        return "\n".join(file.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:])
+        text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else "(no log)"
+        return "\n".join(text.rpartition(START_LINE)[2].splitlines()[-_LOG_LINES:])
 
 
 def _count_workers(slot: Slot) -> int:

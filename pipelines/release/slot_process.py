@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 import time
-from pathlib import Path
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import psutil
@@ -23,7 +22,10 @@ from pipelines.release.local_layout import HOST, LocalLayout, SlotPorts
 from pipelines.release.local_plan import Deployment
 from pipelines.settings import get_settings
 
-_MARK = "PERCH_SLOT_PROCESS"  # in the environment of everything that a slot's service starts
+_SPOOL = "PERCH_SERVING_SPOOL_DIR"
+START_LINE = "perch: starting "  # of a log
+_STABLE_AFTER_S = 60.0
+_MOST_WAIT_S = 30.0
 
 
 def main(arguments: list[str]) -> NoReturn:
@@ -36,10 +38,12 @@ def main(arguments: list[str]) -> NoReturn:
         refusal = Refusal(f"the process {process}", "has no release to serve", way_out="deploy one")
         print(f"refused: {refusal}", file=sys.stderr, flush=True)  # noqa: T201
         sys.exit(refusal.exit_code)
-    _end_leftovers(layout.home, process)
-    _note_start(layout, deployment)
+    environment = service_environment(layout, deployment, layout.ports().slots[process])
+    end_leftovers(layout, process)
+    time.sleep(_note_start(layout, deployment))
+    print(f"{START_LINE}{deployment.release.model} v{deployment.release.version}", file=sys.stderr, flush=True)  # noqa: T201
     command = [sys.executable, "-m", "serving", deployment.release.address]
-    os.execve(sys.executable, command, service_environment(layout, deployment, layout.ports().slots[process]))  # noqa: S606
+    os.execve(sys.executable, command, environment)  # noqa: S606
 
 
 def service_environment(layout: LocalLayout, deployment: Deployment, ports: SlotPorts) -> dict[str, str]:
@@ -50,10 +54,9 @@ def service_environment(layout: LocalLayout, deployment: Deployment, ports: Slot
         "PORT": ports.api,
         "METRICS_PORT": ports.metrics,
         "WORKERS": deployment.workers,
-        "SPOOL_DIR": layout.home / "serving" / deployment.process / "spool",
+        "SPOOL_DIR": layout.spool_folder(deployment.process),
     }
-    environment = {**os.environ, _MARK: deployment.process}
-    return environment | {f"PERCH_SERVING_{name}": str(value) for name, value in settings.items()}
+    return {**os.environ, **{f"PERCH_SERVING_{name}": str(value) for name, value in settings.items()}}
 
 
 def read_starts(layout: LocalLayout, process: str) -> dict[str, Any]:
@@ -65,27 +68,42 @@ def read_starts(layout: LocalLayout, process: str) -> dict[str, Any]:
     return noted
 
 
-def _note_start(layout: LocalLayout, deployment: Deployment) -> None:
-    before = read_starts(layout, deployment.process)
-    digest = deployment.release.digest
-    starts = before["starts"] + 1 if before.get("digest") == digest else 1
-    write_json(layout.started_file(deployment.process), {"digest": digest, "started_at": time.time(), "starts": starts})
+def end_leftovers(layout: LocalLayout, process: str) -> None:
+    """End the workers of a service whose first process was killed: they would go on listening on its ports.
 
-
-def _end_leftovers(home: Path, process: str) -> None:
-    """End the workers of a service whose first process was killed: they would go on listening on its ports."""
-    leftovers = [other for other in psutil.process_iter() if _is_leftover(other, home, process)]
+    They are known by their spool, which no other service of any home has.
+    """
+    spool = str(layout.spool_folder(process))
+    leftovers = [other for other in psutil.process_iter() if _has_spool(other, spool)]
     for other in leftovers:
-        other.send_signal(signal.SIGKILL)
+        with suppress(psutil.NoSuchProcess):
+            other.kill()
     psutil.wait_procs(leftovers, timeout=10)
 
 
-def _is_leftover(other: psutil.Process, home: Path, process: str) -> bool:
+def _note_start(layout: LocalLayout, deployment: Deployment) -> float:
+    """Note a start.
+
+    Returns:
+        Seconds to wait before it: a service that ends again and again must not take the others' processor time.
+    """
+    before, now = read_starts(layout, deployment.process), time.time()
+    digest, starts, wait_s = deployment.release.digest, 1, 0.0
+    if before.get("digest") == digest:
+        starts = before["starts"] + 1
+        if 0 <= now - before["started_at"] < _STABLE_AFTER_S:
+            wait_s = min(2.0 ** (starts - 3), _MOST_WAIT_S)  # 0.5 s after the first crash
+    write_json(
+        layout.started_file(deployment.process), {"digest": digest, "started_at": now + wait_s, "starts": starts}
+    )
+    return wait_s
+
+
+def _has_spool(other: psutil.Process, spool: str) -> bool:
     try:
-        environment = other.environ()
+        return other.pid != os.getpid() and other.environ().get(_SPOOL) == spool
     except psutil.Error:
         return False
-    return other.pid != os.getpid() and environment.get(_MARK) == process and environment.get("PERCH_HOME") == str(home)
 
 
 if __name__ == "__main__":

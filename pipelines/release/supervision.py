@@ -12,9 +12,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from pipelines.errors import TryLater
+from pipelines.errors import EXIT_REFUSED, TryLater
 
-_ENDED = frozenset({"STOPPED", "EXITED", "FATAL"})
 _STOP_LIMIT_S = 40.0  # the supervisor kills after 15
 
 
@@ -53,7 +52,10 @@ class Supervisor:
 
     def is_up(self, program: str) -> bool:
         """Whether it runs, or the supervisor is about to start it again."""
-        return self.info(program)["statename"] not in _ENDED
+        info = self.info(program)
+        if info["statename"] == "EXITED":  # for a moment also what is about to be started again
+            return bool(info["exitstatus"] != EXIT_REFUSED)
+        return info["statename"] not in {"STOPPED", "FATAL"}
 
     def start(self, program: str) -> None:
         """Start a program that does not run."""
@@ -66,6 +68,7 @@ class Supervisor:
         while self.is_up(program):
             with self._asked() as supervisor, _expected("NOT_RUNNING"):
                 supervisor.stopProcess(program, True)
+            time.sleep(0.02)
             if time.monotonic() > deadline:
                 raise TryLater(f"{program} does not end\n  what to do: `perch status`; try again")
 

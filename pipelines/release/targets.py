@@ -43,7 +43,8 @@ class Routing:
 
     Attributes:
         canary_percent: 0 to 100 of the requests go to the canary, the rest to stable.
-        mirror: whether a copy of each request to stable also goes to the canary, its answer thrown away.
+        mirror: whether a copy of each request also goes to the canary, its answer thrown away; with `canary_percent`
+            above 0 also a second one of those that the canary answers.
     """
 
     canary_percent: int = 0

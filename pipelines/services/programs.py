@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipelines.errors import EXIT_REFUSED
 from pipelines.release.local_layout import ENVOY, LocalLayout
 from pipelines.release.local_plan import PROCESSES
 from pipelines.services.prediction_service import serving_environment
@@ -24,12 +25,14 @@ class Program:
         command: program and arguments.
         environment: what it needs beyond the common environment.
         health_url: address that answers 200 when it is ready; empty when running is enough.
+        supervision: options for the supervisor that differ from every other program's.
     """
 
     name: str
     command: tuple[str, ...]
     environment: dict[str, str] = field(default_factory=dict)
     health_url: str = ""
+    supervision: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,15 @@ def envoy_program(settings: Settings, ports: Ports) -> Program:
 def slot_programs(settings: Settings, ports: Ports) -> list[Program]:
     """The services of the slots; what each of them serves, the local target says."""
     environment = {**common_environment(settings, ports), **serving_environment(settings)}
+    # A release that was refused would be refused again.  Whatever else ends is started again: it waits by itself, so
+    # that the supervisor need not give up.
+    supervision = {"autorestart": "unexpected", "exitcodes": str(EXIT_REFUSED), "startsecs": "0"}
     return [
-        Program(process, (sys.executable, "-m", "pipelines.release.slot_process", process), environment)
+        Program(
+            process,
+            (sys.executable, "-m", "pipelines.release.slot_process", process),
+            environment,
+            supervision=supervision,
+        )
         for process in PROCESSES
     ]

@@ -291,24 +291,24 @@ def _render_config(stack: Stack, programs: list[Program]) -> str:
     ]
     for program in programs:
         environment = ",".join(f"{key}={_quote(value)}" for key, value in sorted(program.environment.items()))
-        lines += [
-            f"[program:{program.name}]",
-            f"command={shlex.join(program.command)}",
-            f"environment={environment}",
-            f"directory={stack.working_folder}",
-            "autostart=false",
-            "autorestart=true",
-            "startsecs=2",
-            "startretries=5",
+        options = {
+            "command": shlex.join(program.command),
+            "environment": environment,
+            "directory": str(stack.working_folder),
+            "autostart": "false",
+            "autorestart": "true",
+            "startsecs": "2",
+            "startretries": "5",
             # Servers here start children of their own; all of them must go.
-            "stopasgroup=true",
-            "killasgroup=true",
-            "stopwaitsecs=15",
-            "redirect_stderr=true",
-            f"stdout_logfile={stack.folder / (program.name + '.log')}",
-            "stdout_logfile_maxbytes=10MB",
-            "stdout_logfile_backups=2",
-        ]
+            "stopasgroup": "true",
+            "killasgroup": "true",
+            "stopwaitsecs": "15",
+            "redirect_stderr": "true",
+            "stdout_logfile": str(stack.folder / f"{program.name}.log"),
+            "stdout_logfile_maxbytes": "10MB",
+            "stdout_logfile_backups": "2",
+        } | program.supervision
+        lines += [f"[program:{program.name}]", *(f"{name}={value}" for name, value in options.items())]
     return "\n".join(line.replace("%", "%%") for line in lines) + "\n"
 
 
