@@ -1,4 +1,4 @@
-"""A real Airflow and a real MLflow for the tests that need them, in a folder of their own, on free ports."""
+"""Real servers for the tests that need them, in folders of their own, on free ports: Airflow, MLflow, the service."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pipelines.services.programs import Ports
 from pipelines.services.secrets import ensure_passwords
 from pipelines.services.stack import Stack, any_free_port
 from pipelines.settings import Settings
+from tests.integration.served_release import Server, stage_release
 
 PROJECT = Path(__file__).parents[2]
 
@@ -39,3 +40,35 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
     finally:
         stack.down()
         del os.environ["PERCH_RETRY_DELAY_S"]
+
+
+@pytest.fixture(scope="session")
+def staged_release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A release around a small convolutional network with random weights, for colour images padded to a square."""
+    import torch
+
+    from pipelines.core.contract import InputContract, ModelContract
+    from pipelines.modeling.export import export_onnx
+    from pipelines.modeling.networks import NormalizedNet, PixelNormalization, SmallConvNet
+
+    folder = tmp_path_factory.mktemp("staged-release")
+    contract = ModelContract(
+        input=InputContract(size_px=28, channels=3, resize="pad"), labels=tuple(f"digit {n}" for n in range(10))
+    )
+    torch.manual_seed(1)
+    backbone = SmallConvNet(3, 10, widths=(16, 32, 64), dropout=0.0)
+    network = NormalizedNet(PixelNormalization([60.0] * 3, [70.0] * 3), backbone).eval()
+    export_onnx(network, contract, folder / "model.onnx", temperature=0.1)
+    return stage_release(folder / "stage", (folder / "model.onnx").read_bytes(), contract)
+
+
+@pytest.fixture(scope="session")
+def served(staged_release: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """That release served by one worker, with the default limits but for short times."""
+    settings = {"EXPLAIN_BUDGET_S": 0.05, "REQUEST_TIMEOUT_S": 5}
+    server = Server(staged_release, tmp_path_factory.mktemp("served"), settings)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
