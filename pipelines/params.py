@@ -182,7 +182,7 @@ class ModelTrainingParams(Section):
     )
     label_smoothing: Number = Field(0.05, ge=0, lt=1, description="Share of each label spread over all classes.")
     weight_averaging: Number = Field(
-        0.0,
+        0.99,
         ge=0,
         lt=1,
         description="Decay of the moving average of the weights that is evaluated and exported; 0 is off.",
