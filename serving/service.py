@@ -12,11 +12,13 @@ import gc
 import logging
 import math
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 import bentoml
 import uvicorn.config
 
+from pipelines.errors import Refusal
 from serving.admission import Admission
 from serving.api import Api
 from serving.authentication import Authenticator
@@ -139,6 +141,21 @@ class PredictionService:
         self._endpoints.ready = True
         self._metrics.set_ready(True)
         logger.info("ready: %s v%s, %.2f ms an image", manifest.model, manifest.version, 1000 * model_s)
+
+    @bentoml.on_deployment  # type: ignore[untyped-decorator]
+    @staticmethod
+    def check() -> None:
+        """Refuse to serve at all what no worker could; BentoML calls this once, before it starts them.
+
+        A worker that cannot start is started again and again, and its port takes connections all the same.
+        """
+        try:
+            settings = get_serving_settings()
+            load_release()
+            Authenticator.from_settings(settings)
+        except Refusal as refusal:
+            print(f"refused: {refusal}", file=sys.stderr, flush=True)  # noqa: T201 - nobody has set up a log yet
+            sys.exit(refusal.exit_code)
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     def close(self) -> None:

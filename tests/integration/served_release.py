@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -145,11 +146,12 @@ class Server:
 
     def workers(self) -> list[int]:
         """The workers' process ids."""
-        return sorted(
-            process.pid
-            for process in self.processes()
-            if "--worker-id" in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE
-        )
+        found = []
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):  # a zombie is one of these
+                if "--worker-id" in process.cmdline():
+                    found.append(process.pid)
+        return sorted(found)
 
     def pss_mib(self) -> float:
         """Memory of all its processes, what they share counted once, in MiB."""
