@@ -17,6 +17,7 @@ from serving.settings import get_serving_settings
 
 MAX_HEAD_BYTES = 2**16  # beside one read from the socket, which is parsed before it is counted
 MAX_HEADERS = 128  # trailers among them
+LAST_REQUEST_S = 0.5  # at the server's end an idle connection may bring one more request in this time
 _FRAMING_BYTES = 16  # per byte of a chunked body; the smallest chunk needs 6
 
 _REASONS = {400: "Bad Request", 408: "Request Timeout"}
@@ -30,6 +31,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     _raw_bytes = 0  # of the open message, without those that came together with its beginning
     _body_bytes = 0
     _head_timer: asyncio.TimerHandle | None = None
+    _ends = False  # the next answer is the last
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for the first request."""
@@ -73,6 +75,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._head_complete = True
         self._cancel_wait()
         super().on_headers_complete()
+        if self._ends and self.cycle is not None:
+            self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
         """Some of the body."""
@@ -83,6 +87,22 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         """The whole request is there."""
         self._open = False
         super().on_message_complete()
+
+    def shutdown(self) -> None:
+        """The server ends: say so with the last answer.
+
+        uvicorn closes idle connections at once, and resets those whose next request has just been sent: the client of
+        a busy connection would lose one that it cannot safely repeat.
+        """
+        self._ends = True
+        if self.cycle is None or self.cycle.response_complete:
+            self.loop.call_later(LAST_REQUEST_S, self._close_if_idle)
+        else:
+            super().shutdown()
+
+    def _close_if_idle(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()  # also when that is done already
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no HTTP."""
