@@ -110,7 +110,7 @@ def _route(plan: Plan) -> dict[str, Any]:
         "weighted_clusters": {"clusters": [{"name": name, "weight": weight} for name, weight in weights.items()]},
         "timeout": f"{_ANSWER_LIMIT_S}s",
         "retry_policy": {
-            # Only what no service can have begun to answer.
+            # Only what no service can have begun to answer: an image that ends one service must not be sent to others.
             "retry_on": "connect-failure,refused-stream,reset-before-request",
             "num_retries": 5,
             "retry_back_off": {"base_interval": "0.05s", "max_interval": "1s"},

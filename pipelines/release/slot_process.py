@@ -26,6 +26,7 @@ _SPOOL = "PERCH_SERVING_SPOOL_DIR"
 START_LINE = "perch: starting "  # of a log
 _STABLE_AFTER_S = 60.0
 _MOST_WAIT_S = 30.0
+_PATIENCE_S = 5.0
 
 
 def main(arguments: list[str]) -> NoReturn:
@@ -71,14 +72,16 @@ def read_starts(layout: LocalLayout, process: str) -> dict[str, Any]:
 def end_leftovers(layout: LocalLayout, process: str) -> None:
     """End the workers of a service whose first process was killed: they would go on listening on its ports.
 
-    They are known by their spool, which no other service of any home has.
+    They are known by their spool, which no other service of any home has.  They have gone on answering, and may finish
+    what they are at.
     """
     spool = str(layout.spool_folder(process))
     leftovers = [other for other in psutil.process_iter() if _has_spool(other, spool)]
-    for other in leftovers:
-        with suppress(psutil.NoSuchProcess):
-            other.kill()
-    psutil.wait_procs(leftovers, timeout=10)
+    for end, patience_s in ((psutil.Process.terminate, _PATIENCE_S), (psutil.Process.kill, 10.0)):
+        for other in leftovers:
+            with suppress(psutil.NoSuchProcess):
+                end(other)
+        _, leftovers = psutil.wait_procs(leftovers, timeout=patience_s)
 
 
 def _note_start(layout: LocalLayout, deployment: Deployment) -> float:
