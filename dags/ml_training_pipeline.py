@@ -1,9 +1,10 @@
-"""From images to a registered and packaged model, every Sunday at 02:00 UTC: the stages of `dvc.yaml`, then the registry."""
+"""From images to a release that passed in staging, every Sunday at 02:00 UTC: `dvc.yaml`, then what has effects."""
 
 from __future__ import annotations
 
 from airflow.sdk import DAG, chain
 
+from dags.dag_support.candidates import candidate_asset
 from dags.dag_support.default_args import default_args
 from dags.dag_support.form import form_params
 from dags.dag_support.project import PROJECT_DIR
@@ -33,5 +34,10 @@ with DAG(
         last,
         StageOperator(stage="model_registration", doc_md="Register the model, if it passed the gate."),
         StageOperator(stage="model_packaging", doc_md="Make one signed file of the model and its service."),
+        StageOperator(
+            stage="deploy_to_staging",
+            doc_md="Start the release, ask it twelve smoke tests, and call for an approval.",
+            outlets=[candidate_asset()],
+        ),
         StageOperator(stage="notify_team", doc_md="Tell the team what was registered and where its card is."),
     )

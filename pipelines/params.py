@@ -230,6 +230,16 @@ class ModelRegistrationParams(Section):
     candidate_alias: Name = Field("candidate", description="MLflow alias of the latest version that passed.")
 
 
+class DeployToStagingParams(Section):
+    """What a release is asked before a person is; its latency is held against `model_release`'s limit."""
+
+    golden_images: int = Field(100, ge=1, le=10_000, description="Test images whose served answers are compared.")
+    max_probability_difference: Number = Field(
+        1e-4, gt=0, le=1, description="Largest difference of a served probability from the evaluated one."
+    )
+    latency_requests: int = Field(200, ge=20, le=100_000, description="Requests, one after the other, that are timed.")
+
+
 class ModelReleaseParams(Section):
     """The steps of a release, how long each lasts, and what its gates allow."""
 
@@ -289,6 +299,7 @@ class Params(Section):
     model_training: ModelTrainingParams = ModelTrainingParams()
     model_evaluation: ModelEvaluationParams = ModelEvaluationParams()
     model_registration: ModelRegistrationParams = ModelRegistrationParams()
+    deploy_to_staging: DeployToStagingParams = DeployToStagingParams()
     model_release: ModelReleaseParams = ModelReleaseParams()
 
 

@@ -14,6 +14,7 @@ from airflow.providers.standard.hooks.subprocess import SubprocessHook
 from airflow.sdk import BaseOperator, BaseOperatorLink
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
+from dags.dag_support.candidates import describe_candidate
 from dags.dag_support.form import form_overrides
 from dags.dag_support.project import PROJECT_DIR
 from pipelines.errors import EXIT_REFUSED
@@ -25,7 +26,11 @@ if TYPE_CHECKING:
 
 _TIMEOUTS = {"model_training": timedelta(hours=24), "data_ingestion": timedelta(hours=6)}
 _TIMEOUT = timedelta(hours=1)
-_REPORT_OF = {"data_validation": "Data Docs", "model_evaluation": "Model card"}
+_REPORT_OF = {
+    "data_validation": "Data Docs",
+    "model_evaluation": "Model card",
+    "deploy_to_staging": "Smoke tests",
+}
 
 
 @attrs.define()
@@ -83,13 +88,14 @@ class StageOperator(BaseOperator):
     def execute(self, context: Context) -> dict[str, Any]:
         """Run the stage and return `{"summary", "metrics", …}`."""
         run = context["dag_run"]
+        requested_by = getattr(run, "triggering_user_name", None) or run.run_type
         overrides = form_overrides(context.get("params", {}), load_params(PROJECT_DIR / "params.yaml"))
         self.hook = SubprocessHook()
         outcome = self.hook.run_command(
             [
                 *(str(Path(sys.executable).parent / "perch"), self.stage, "--run", self.run_prefix + run.run_id),
                 *("--conf", json.dumps(overrides), "--as-of", (run.logical_date or run.run_after).date().isoformat()),
-                *("--by", getattr(run, "triggering_user_name", None) or run.run_type, "--json"),
+                *("--by", requested_by, "--json"),
             ],
             env={**os.environ, "PERCH_DIE_WITH_PARENT": "1", "PERCH_PROJECT_DIR": str(PROJECT_DIR), "COLUMNS": "140"},
             cwd=str(PROJECT_DIR),
@@ -100,6 +106,10 @@ class StageOperator(BaseOperator):
             raise AirflowFailException(f"{self.stage} refused; the last lines of the log say what, why and the way out")
         if outcome.exit_code != 0:
             raise AirflowException(f"{self.stage} ended with exit code {outcome.exit_code}; it can be tried again")
+        for outlet in self.outlets:
+            context["outlet_events"][outlet].extra = describe_candidate(
+                result, run_id=self.run_prefix + run.run_id, requested_by=requested_by
+            )
         return result
 
     def on_kill(self) -> None:

@@ -73,6 +73,11 @@ class Workspace:
         return self.root / "evaluation"
 
     @property
+    def staging(self) -> Path:
+        """What the release answered in staging, and what it was held against."""
+        return self.root / "staging"
+
+    @property
     def checkpoints(self) -> Path:
         """Where a killed training resumes from; outside DVC, which would delete it before a second try."""
         return self.root / "checkpoints"

@@ -16,7 +16,7 @@ from pipelines.runs.workspaces import open_workspace
 from pipelines.settings import Settings
 
 # They change the registry or tell people, so DVC, which would skip them, has no say.
-STEPS_AFTER_DVC = ("model_registration", "model_packaging", "notify_team")
+STEPS_AFTER_DVC = ("model_registration", "model_packaging", "deploy_to_staging", "notify_team")
 
 
 def pipeline_steps(settings: Settings) -> list[str]:

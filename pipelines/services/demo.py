@@ -25,7 +25,7 @@ from pipelines.settings import Settings
 
 DAG_ID = "ml_training_pipeline"
 WEEKS = (date(2026, 11, 1), date(2026, 11, 8))
-_LAST_STEPS = ("model_registration", "model_packaging", "notify_team")
+_LAST_STEPS = ("model_registration", "model_packaging", "deploy_to_staging", "notify_team")
 _FINISHED = {"success", "failed"}
 
 

@@ -80,7 +80,8 @@ def test_training_dag__parsed__has_the_stages_and_edges_of_dvc_yaml(parsed: dict
     assert {name: tasks[name] for name in tasks.keys() - stages.keys()} == {
         "model_registration": ["model_evaluation"],
         "model_packaging": ["model_registration"],
-        "notify_team": ["model_packaging"],
+        "deploy_to_staging": ["model_packaging"],
+        "notify_team": ["deploy_to_staging"],
     }
 
 

@@ -22,7 +22,7 @@ from tests.integration.conftest import PROJECT, Services
 DAG = "ml_training_pipeline"
 STEPS = [
     *(node.name for node in read_stage_graph(PROJECT / "dvc.yaml")),
-    *("model_registration", "model_packaging", "notify_team"),
+    *("model_registration", "model_packaging", "deploy_to_staging", "notify_team"),
 ]
 FAST = {"epochs": 6, "as_of": "2026-11-01", "source": "digits"}
 

@@ -1,0 +1,122 @@
+"""What an approval of a version rests on, as it is now; and the ledger's row that its release passed in staging."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import TypedDict
+
+from pipelines.core.hash_chain import Record
+from pipelines.core.release_signing import hash_file
+from pipelines.errors import Refusal
+from pipelines.registry.connection import Mlflow, with_mlflow
+from pipelines.registry.ledger import Ledger
+from pipelines.registry.models import EVIDENCE_FOLDER, RegisteredVersion, download, get_version
+from pipelines.registry.released_version import packaged_digests
+from pipelines.settings import Settings
+
+CARD_FILE, VERDICT_FILE = "model_card.html", "verdict.json"
+
+
+class Evidence(TypedDict):
+    """SHA-256 of each thing that an approval rests on; the arguments of `approvals.evidence_hash`."""
+
+    registration_sha256: str
+    model_card_sha256: str
+    verdict_sha256: str
+    release_sha256: str
+
+
+def read_evidence(settings: Settings, model: str, version: str, release_sha256: str) -> Evidence:
+    """Hash the card and the verdict as they lie in MLflow now, beside what the ledger says of the registration.
+
+    Raises:
+        Refusal: there is no such version, the ledger has not registered it, or a file is gone.
+        TryLater: MLflow or the ledger's database did not answer.
+    """
+    found = get_version(settings, model, int(version))
+    registration = _find(_entries(settings, model), "registered", model, version)
+    with tempfile.TemporaryDirectory() as temporary:
+        files = fetch_evidence_files(settings, found, (CARD_FILE, VERDICT_FILE), Path(temporary))
+        card, verdict = (hash_file(files[name]) for name in (CARD_FILE, VERDICT_FILE))
+    return Evidence(
+        registration_sha256=registration.evidence_sha256,
+        model_card_sha256=card,
+        verdict_sha256=verdict,
+        release_sha256=release_sha256,
+    )
+
+
+def fetch_evidence_files(
+    settings: Settings, version: RegisteredVersion, names: tuple[str, ...], into: Path
+) -> dict[str, Path]:
+    """Copy files of a version's evidence from MLflow.
+
+    Raises:
+        Refusal: one is gone.
+        TryLater: MLflow did not answer.
+    """
+
+    def fetch(mlflow: Mlflow) -> dict[str, Path]:
+        return {name: download(mlflow, version.mlflow_run_id, f"{EVIDENCE_FOLDER}/{name}", into) for name in names}
+
+    return with_mlflow(settings, fetch)
+
+
+def record_staged(
+    settings: Settings, model: str, version: str, digest: str, *, smoke_tests: int, golden_images: int
+) -> Record:
+    """Write into the ledger that a release passed all its smoke tests; once for each release and number of tests.
+
+    Raises:
+        TryLater: the ledger's database did not answer.
+    """
+    ledger = Ledger(settings.ledger_url)
+    try:
+        return ledger.append(
+            "staged",
+            model=model,
+            version=version,
+            evidence={"release_sha256": digest, "smoke_tests": smoke_tests, "golden_images": golden_images},
+            key=f"staged:{model}:{version}:{digest}:{smoke_tests}:{golden_images}",
+        )
+    finally:
+        ledger.close()
+
+
+def staged_digest(settings: Settings, model: str, version: str) -> str:
+    """SHA-256 of the version's release, which has passed in staging.
+
+    Raises:
+        Refusal: it is not packaged, or has not passed in staging.
+        TryLater: the ledger's database did not answer.
+    """
+    digest = packaged_digests(settings, model).get(int(version))
+    if digest is None:
+        raise Refusal(f"{model} v{version}", "is not packaged", way_out=f"perch package {version}")
+    for record in _entries(settings, model):
+        same = record.event == "staged" and record.version == version
+        if same and json.loads(record.evidence)["release_sha256"] == digest:
+            return digest
+    raise Refusal(
+        f"the release {digest[:12]} of {model} v{version}",
+        "has not passed in staging",
+        limit="its smoke tests, all of them",
+        way_out="`perch deploy_to_staging --run RUN` asks them; `perch models` names the run",
+    )
+
+
+def _entries(settings: Settings, model: str) -> list[Record]:
+    ledger = Ledger(settings.ledger_url)
+    try:
+        return ledger.entries(model)
+    finally:
+        ledger.close()
+
+
+def _find(entries: list[Record], event: str, model: str, version: str) -> Record:
+    for record in entries:
+        if record.event == event and record.version == version:
+            return record
+    raise Refusal(f"{model} v{version}", f"has no row {event} in the ledger", way_out="`perch ledger verify`")
