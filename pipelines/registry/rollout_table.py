@@ -16,53 +16,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipelines.core.hash_chain import canonical_json
-from pipelines.errors import PerchError, Refusal, TryLater
+from pipelines.core.rollout_rows import RolloutRow, StaleRolloutError
+from pipelines.errors import Refusal, TryLater
 from pipelines.registry.database import SQLITE_WAIT_S, Database
 from pipelines.registry.patience import be_patient
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection, Table
+    from sqlalchemy import Connection, RowMapping, Table
 
 T = TypeVar("T")
-
-
-class StaleRolloutError(PerchError):
-    """The row changed, or the lease went to somebody else, since it was read: nothing was written."""
-
-
-@dataclass(frozen=True)
-class RolloutRow:
-    """A row as it was read.
-
-    Attributes:
-        rollout_id: names the rollout.
-        model: name of the registered model.
-        is_open: whether it still has a step to go.
-        sequence: order of creation.
-        revision: number of its last write.
-        document: a JSON tree.
-        lease_owner: who moves it; empty when nobody does.
-        lease_expires_at: seconds since the epoch.
-        token: of the present or last holder of the lease.
-        renewals: how often a lease was taken or renewed; a watcher with a clock of its own sees life by its changes.
-        renewed_at: when that was last, seconds since the epoch.
-    """
-
-    rollout_id: str
-    model: str
-    is_open: bool
-    sequence: int
-    revision: int
-    document: Mapping[str, Any]
-    lease_owner: str
-    lease_expires_at: float
-    token: int
-    renewals: int
-    renewed_at: float
 
 
 class RolloutTable:
@@ -213,12 +178,8 @@ class RolloutTable:
 
     def read(self, rollout_id: str) -> RolloutRow | None:
         """One rollout."""
-        found = [row for row in self.list_rollouts() if row.rollout_id == rollout_id]
+        found = self._select(self._table.c.rollout_id == rollout_id)
         return found[0] if found else None
-
-    def find_open(self, model: str) -> RolloutRow | None:
-        """The model's unfinished rollout."""
-        return next((row for row in self.list_rollouts(model) if row.is_open), None)
 
     def list_rollouts(self, model: str = "") -> list[RolloutRow]:
         """All rollouts, or those of one model, in the order of their beginnings.
@@ -226,15 +187,27 @@ class RolloutTable:
         Raises:
             TryLater: the database did not answer.
         """
+        return self._select(self._table.c.model == model) if model else self._select()
 
+    def list_current(self) -> list[RolloutRow]:
+        """Of each model the unfinished rollout and the last one: all that a watchdog has to look at.
+
+        Raises:
+            TryLater: the database did not answer.
+        """
+        from sqlalchemy import func, or_, select
+
+        columns = self._table.c
+        last = select(func.max(columns.sequence)).group_by(columns.model)
+        return self._select(or_(columns.open_model.is_not(None), columns.sequence.in_(last)))
+
+    def _select(self, *conditions: Any) -> list[RolloutRow]:
         def read() -> list[RolloutRow]:
             from sqlalchemy import inspect, select
 
             if self._database.is_missing:
                 return []
-            query = select(self._table).order_by(self._table.c.sequence)
-            if model:
-                query = query.where(self._table.c.model == model)
+            query = select(self._table).where(*conditions).order_by(self._table.c.sequence)
             with self._database.engine.connect() as connection:
                 if not inspect(connection).has_table(self._table.name):
                     return []
@@ -316,7 +289,7 @@ def _define_table() -> Table:
     )
 
 
-def _to_row(values: Mapping[str, Any]) -> RolloutRow:
+def _to_row(values: RowMapping) -> RolloutRow:
     return RolloutRow(
         rollout_id=values["rollout_id"],
         model=values["model"],

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from pipelines.release.approvals import Response
 from pipelines.release.steps import PENDING, Plan, Step
 from pipelines.release.targets import ReleaseRef, SlotCounters
 
@@ -49,6 +50,7 @@ class StepReading:
         reason: of the verdict, in one clause.
         requests: of the canary in this step.
         stable_requests: of the stable slot in the same time.
+        memory: what the next judgement of the same step is to be given, as a JSON tree.
     """
 
     verdict: str
@@ -56,6 +58,7 @@ class StepReading:
     reason: str
     requests: int = 0
     stable_requests: int = 0
+    memory: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ class RolloutState:
         seen_at: when it was last watched.
         baseline: counters when the step began.
         reading: what the gates said last.
+        approvals: the answers that released it.
         waiting_for: what an approval lacks, for a person.
         reason: why it was rolled back.
         passages: the steps so far.
@@ -113,6 +117,7 @@ class RolloutState:
     seen_at: float = 0.0
     baseline: Baseline = Baseline()
     reading: StepReading | None = None
+    approvals: tuple[Response, ...] = ()
     waiting_for: str = ""
     reason: str = ""
     passages: tuple[Passage, ...] = ()

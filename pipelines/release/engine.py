@@ -1,0 +1,396 @@
+"""The release engine: moves a rollout by at most one step per call, and ends the same wherever it was killed.
+
+A step forward is four writes, each of which may be the last one before a kill:
+
+1. the intent: the row says which step is entered, on which evidence, `settled` false;
+2. the ledger's row, keyed by rollout and step, with the evidence of the intent;
+3. the effect: a slot, a share of the traffic, aliases;
+4. `settled` true.
+
+The next call finds the intent and does 2 to 4 again; each finds by itself whether it was done.  Traffic that somebody
+took away in between is not given back (`rollback.trouble`), and an intent that nobody came back to for
+`abandoned_after_s` is rolled back instead of finished.
+
+One engine at a time holds the rollout's lease.  One that slept through its lease is refused at its next write; what it
+did to the traffic between, the watchdog takes back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from pipelines.core.rollout_rows import RolloutRow, StaleRolloutError
+from pipelines.errors import Refusal, TryLater
+from pipelines.release import rollback
+from pipelines.release.approvals import ApprovalRequest
+from pipelines.release.policy import decide
+from pipelines.release.rollout_state import Passage, RolloutState, StepReading, from_document
+from pipelines.release.steps import PENDING, ROLLED_BACK, Phase, Plan, Step
+from pipelines.release.targets import ReleaseRef, Slot
+from pipelines.release.windows import Window, observe_baseline, observe_window, zero_of
+from pipelines.release.world import World
+
+PROMOTE, ROLL_BACK, NEED_MORE_DATA = "promote", "roll back", "need more data"
+_GRACE_S = 2.0
+_SLICE = 3  # a wait is cut so that the lease is renewed three times before it ends
+
+
+@dataclass(frozen=True)
+class ReleaseRequest:
+    """What is asked of the engine.
+
+    Attributes:
+        release: what is to be released.
+        champion: what it would replace; None where nothing was ever released.
+        requested_by: who asked.
+        evidence_sha256: of what the approvers are shown.
+        run_id: of the run that trained it.
+        forecast: what its gates are expected to need.
+    """
+
+    release: ReleaseRef
+    champion: ReleaseRef | None
+    requested_by: str
+    evidence_sha256: str
+    run_id: str = ""
+    forecast: Mapping[str, Any] | None = None
+
+
+class ReleaseEngine:
+    """Moves rollouts.
+
+    Args:
+        world: what it acts upon.
+        owner: its name in the lease, unlike that of any other engine.
+    """
+
+    def __init__(self, world: World, owner: str) -> None:
+        self._world = world
+        self._owner = owner
+
+    def begin(self, request: ReleaseRequest, plan: Plan) -> RolloutState:
+        """Begin a rollout; the one of the same release that is under way is returned as it is.
+
+        Raises:
+            Refusal: another release of the model is under way, or this one serves already.
+            TryLater: the database did not answer.
+        """
+        world, release = self._world, request.release
+        rows = world.rollouts.list_rollouts(release.model)
+        for row in rows:
+            state = from_document(row.document)
+            if row.is_open and state.release == release:
+                return state
+        if request.champion == release:
+            raise Refusal(
+                f"{release.model} v{release.version}", "is the champion already", way_out="`perch releases` lists them"
+            )
+        now = world.clock()
+        rollout_id = f"{release.model}:{release.version}:{release.digest[:12]}:{len(rows) + 1}"
+        state = RolloutState(
+            rollout_id=rollout_id,
+            release=release,
+            champion=request.champion,
+            plan=plan,
+            requested_by=request.requested_by,
+            requested_at=now,
+            evidence_sha256=request.evidence_sha256,
+            run_id=request.run_id,
+            entered_at=now,
+            seen_at=now,
+            passages=(Passage(PENDING.name, now),),
+            forecast=request.forecast or {},
+        )
+        return from_document(world.rollouts.create(rollout_id, release.model, state.to_document(), now=now).document)
+
+    def advance(self, rollout_id: str) -> RolloutState:
+        """Look at a rollout and take one step if it is due; a call that finds nothing to do changes nothing.
+
+        Raises:
+            Refusal: there is no such rollout.
+            TryLater: another engine is at it, or something does not answer; nothing is lost.
+        """
+        world = self._world
+        row = self._required(rollout_id)
+        if not row.is_open:
+            return from_document(row.document)
+        plan = from_document(row.document).plan
+        silence_s = world.clock() - row.renewed_at
+        row = world.rollouts.take_lease(rollout_id, self._owner, lease_s=plan.params.lease_s, now=world.clock())
+        try:
+            return self._advance(row, silence_s)
+        except StaleRolloutError:
+            # A rollback, or an engine that took over, came between.  What this one did to the traffic must not stay.
+            now = self._required(rollout_id)
+            if from_document(now.document).step == ROLLED_BACK:
+                rollback.move_traffic_back(world, from_document(now.document))
+            return from_document(self._required(rollout_id).document)
+        finally:
+            with suppress(TryLater):
+                world.rollouts.release_lease(rollout_id, row.token)
+
+    def _required(self, rollout_id: str) -> RolloutRow:
+        row = self._world.rollouts.read(rollout_id)
+        if row is None:
+            raise Refusal(f"the release {rollout_id}", "is not there", way_out="`perch releases` lists them")
+        return row
+
+    def _advance(self, row: RolloutRow, silence_s: float) -> RolloutState:
+        state = from_document(row.document)
+        if not row.is_open:
+            return state
+        if state.step == ROLLED_BACK:
+            return rollback.finish_rollback(self._world, row)
+        limit_s = state.plan.params.abandoned_after_s
+        if silence_s > limit_s and self._has_traffic(state):
+            return self._roll_back(state, f"nobody moved the release for {silence_s:.0f} s (limit: {limit_s:g} s)")
+        if not state.settled:
+            return self._enter(row, state)
+        if state.step == PENDING:
+            return self._consider_approval(row, state)
+        return self._watch(row, state)
+
+    def _has_traffic(self, state: RolloutState) -> bool:
+        routing = self._world.target.state().routing
+        return state.step != PENDING and (routing.canary_percent > 0 or routing.mirror)
+
+    # Approval.
+
+    def _consider_approval(self, row: RolloutRow, state: RolloutState) -> RolloutState:
+        world = self._world
+        request = self.approval_request(state)
+        decision = decide(world.policy, request, world.approvals.responses(request), _moment(world.clock()))
+        if decision.outcome == "rejected":
+            return self._roll_back(state, decision.reason, by="approval")
+        if decision.outcome == "approved":
+            return self._step_forward(row, replace(state, approvals=decision.approvals, waiting_for=""), {})
+        waiting_for = "\n".join([decision.reason, *(denial.reason for denial in decision.denials)])
+        if waiting_for != state.waiting_for:
+            waiting = replace(state, waiting_for=waiting_for)
+            world.rollouts.save(row, waiting.to_document(), is_open=True)
+            return waiting
+        return state
+
+    def approval_request(self, state: RolloutState) -> ApprovalRequest:
+        """What is asked of approvers: with the evidence as it is now, so that an answer to another one is void."""
+        return ApprovalRequest(
+            rollout_id=state.rollout_id,
+            model=state.release.model,
+            version=state.release.version,
+            evidence_sha256=self._world.evidence(state.release),
+            requested_by=state.requested_by,
+            requested_at=_moment(state.requested_at),
+        )
+
+    # Watching.
+
+    def _watch(self, row: RolloutRow, state: RolloutState) -> RolloutState:
+        world = self._world
+        if why := rollback.trouble(state, world.target.state()):
+            # Whoever took traffic away is about to write down why; a better reason than this one.
+            world.pause(_GRACE_S)
+            if self._required(state.rollout_id).revision != row.revision:
+                raise StaleRolloutError(f"{state.rollout_id}: somebody else moved this release meanwhile")
+            return self._roll_back(state, why)
+        state, reading = look(world, state)
+        if reading.verdict == ROLL_BACK:
+            return self._roll_back(state, reading.reason)
+        params = state.plan.params
+        if state.blind_s > params.max_blind_s:
+            why = f"the canary gave no metrics for {state.blind_s:.0f} s (limit: {params.max_blind_s:g} s)"
+            return self._roll_back(state, why)
+        if reading.verdict == PROMOTE and state.elapsed_s >= params.min_step_s:
+            frozen = world.policy.frozen(state.release.model, _moment(world.clock()))
+            if not frozen:
+                return self._step_forward(row, state, _because(reading))
+            state = replace(state, waiting_for=frozen)
+        elif state.elapsed_s >= params.max_step_s:
+            lacking = [gate.text for gate in reading.gates if gate.verdict != PROMOTE] or [reading.reason]
+            why = f"still too little data after {state.elapsed_s:.0f} s: {'; '.join(lacking)}"
+            return self._roll_back(state, why)
+        world.rollouts.save(row, state.to_document(), is_open=True)
+        return state
+
+    # Steps.
+
+    def _step_forward(self, row: RolloutRow, state: RolloutState, because: Mapping[str, Any]) -> RolloutState:
+        """Write down the intent of the next step, then enter it."""
+        world = self._world
+        evidence_sha256 = world.evidence(state.release)
+        if any(answer.evidence_sha256 != evidence_sha256 for answer in state.approvals):
+            return self._roll_back(state, f"the evidence changed after it was approved ({evidence_sha256[:12]} now)")
+        step = state.plan.after(state.step, is_first=state.is_first)
+        now = world.clock()
+        runs = world.target.state().slots.get(Slot.CANARY) == state.release
+        requests = state.reading.requests if state.reading else 0
+        intent = replace(
+            state,
+            step=step,
+            settled=False,
+            step_evidence=_step_evidence(state, step, because),
+            entered_at=now,
+            elapsed_s=0.0,
+            blind_s=0.0,
+            seen_at=now,
+            baseline=observe_baseline(world.target, canary_runs=runs),
+            reading=None,
+            waiting_for="",
+            passages=(*state.passages, Passage(step.name, now, str(because.get("reason", "")), requests)),
+        )
+        row = world.rollouts.save(row, intent.to_document(), is_open=True)
+        return self._enter(row, intent)
+
+    def _enter(self, row: RolloutRow, state: RolloutState) -> RolloutState:
+        """Do what the intent says: ledger, effect, aliases; then settle."""
+        world, course = self._world, state.plan.course(is_first=state.is_first)
+        if state.step == course[1]:
+            self._record_approvals(state)
+        is_promoted = world.target.state().slots.get(Slot.STABLE) == state.release
+        if not is_promoted:
+            try:
+                row = self._ensure_canary(row, state)
+            except Refusal as refusal:
+                return self._roll_back(state, f"it does not start: {refusal}")
+            except TryLater as error:
+                if world.clock() - state.entered_at > state.plan.params.ready_timeout_s:
+                    return self._roll_back(state, f"it did not become ready: {error}")
+                raise
+        if state.step.phase is Phase.PROMOTED:
+            self._promote(state, is_promoted=is_promoted)
+        else:
+            self._append("traffic", state, state.step_evidence)
+            world.target.route(state.step.routing)
+        baseline, now = state.baseline, world.clock()
+        if state.step.is_watched and baseline.canary is None and (seen := world.target.observe(Slot.CANARY)):
+            baseline = replace(baseline, canary=zero_of(seen))
+        settled = replace(state, settled=True, baseline=baseline, entered_at=now, seen_at=now)
+        world.rollouts.save(row, settled.to_document(), is_open=not settled.step.is_last)
+        return settled
+
+    def _promote(self, state: RolloutState, *, is_promoted: bool) -> None:
+        """Route, then ledger, then aliases."""
+        world, release = self._world, state.release
+        if state.is_first:
+            skipped = [step.name for step in state.plan.course(is_first=False)[1:-1]]
+            reason = "the first release: there is no champion to compare it with"
+            evidence = {**state.step_evidence, "skipped": skipped, "reason": reason}
+            self._append("traffic", state, evidence)
+        if not is_promoted:
+            world.target.promote()
+        self._append("promoted", state, state.step_evidence)
+        previous = state.champion.version if state.champion else None
+        world.aliases.move(release.model, {"champion": release.version, "previous": previous})
+
+    def _ensure_canary(self, row: RolloutRow, state: RolloutState) -> RolloutRow:
+        """Have the release run in the canary's slot, and keep the lease while it starts.
+
+        Raises:
+            Refusal: it ended instead of becoming ready.
+            TryLater: it was not ready in time, or the target does not answer.
+        """
+        world, params = self._world, state.plan.params
+        if world.target.state().slots.get(Slot.CANARY) != state.release:
+            world.target.deploy(Slot.CANARY, state.release)
+        for left in range(math.ceil(params.ready_timeout_s / params.lease_s * _SLICE), 0, -1):
+            try:
+                world.target.wait_ready(Slot.CANARY, params.lease_s / _SLICE)
+            except TryLater:
+                if left == 1:
+                    raise
+                taken = world.rollouts.take_lease(
+                    state.rollout_id, self._owner, lease_s=params.lease_s, now=world.clock()
+                )
+                if (taken.revision, taken.token) != (row.revision, row.token):
+                    raise StaleRolloutError(f"{state.rollout_id}: somebody else moved this release meanwhile") from None
+            else:
+                break
+        return row
+
+    def _record_approvals(self, state: RolloutState) -> None:
+        for answer in state.approvals:
+            evidence = {
+                "rollout": state.rollout_id,
+                "run_id": state.run_id,
+                "by": answer.responder,
+                "comment": answer.comment,
+                "answered_at": answer.responded_at.astimezone(UTC).isoformat(timespec="seconds"),
+                "evidence_sha256": answer.evidence_sha256,
+                "source": answer.source,
+                "requested_by": state.requested_by,
+            }
+            self._append("approved", state, evidence, suffix=answer.responder)
+
+    def _append(self, event: str, state: RolloutState, evidence: Mapping[str, Any], suffix: str = "") -> None:
+        key = f"{event}:{state.rollout_id}:{suffix or state.step.name}"
+        self._world.ledger.append(
+            event, model=state.release.model, version=state.release.version, evidence=dict(evidence), key=key
+        )
+
+    def _roll_back(self, state: RolloutState, reason: str, by: str = "engine") -> RolloutState:
+        """The same rollback as everybody's; what it cannot finish, the next call does."""
+        rollback.roll_back(self._world, state.release.model, reason=reason, by=by, only=state.rollout_id)
+        return from_document(self._required(state.rollout_id).document)
+
+
+def look(world: World, state: RolloutState) -> tuple[RolloutState, StepReading]:
+    """Ask both slots and the gates; a canary that cannot be asked needs more data, whatever the gates would say.
+
+    Time is added up from look to look, and none of them counts for more than `abandoned_after_s`: a clock that jumps
+    ahead ends no step early, one that jumps back does not stop it.
+
+    Returns:
+        The state with what was seen, and what the gates say.
+    """
+    window = observe_window(world.target, state.baseline)
+    now = world.clock()
+    passed_s = min(max(now - state.seen_at, 0.0), state.plan.params.abandoned_after_s)
+    reading = _read_gates(world, state, window)
+    blind_s = state.blind_s + passed_s if window.canary is None else 0.0
+    seen = replace(state, seen_at=now, elapsed_s=state.elapsed_s + passed_s, blind_s=blind_s, reading=reading)
+    return seen, reading
+
+
+def _read_gates(world: World, state: RolloutState, window: Window) -> StepReading:
+    if window.canary is None:
+        return StepReading(NEED_MORE_DATA, (), "the canary gives no metrics", memory=_memory(state))
+    return world.judge(state, window)
+
+
+def _memory(state: RolloutState) -> Mapping[str, Any]:
+    return state.reading.memory if state.reading else {}
+
+
+def _because(reading: StepReading) -> dict[str, Any]:
+    return {
+        "requests": reading.requests,
+        "stable_requests": reading.stable_requests,
+        "reason": reading.reason,
+        "gates": {gate.name: f"{gate.verdict}: {gate.text}" for gate in reading.gates},
+    }
+
+
+def _step_evidence(state: RolloutState, step: Step, because: Mapping[str, Any]) -> dict[str, Any]:
+    """What the row of a step holds: the step, and what let it happen."""
+    champion = state.champion.version if state.champion else None
+    evidence: dict[str, Any] = {
+        "rollout": state.rollout_id,
+        "run_id": state.run_id,
+        "release_sha256": state.release.digest,
+        "step": step.name,
+        "weight_percent": 100 if step.phase is Phase.PROMOTED else step.percent,
+        "after_step": state.step.name,
+        "watched_s": round(state.elapsed_s, 1),
+        **because,
+    }
+    if step.phase is Phase.PROMOTED:
+        evidence |= {"champion": state.release.version, "previous": champion}
+    return evidence
+
+
+def _moment(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)
