@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pipelines.core.image_limits import DEFAULT_MAX_BODY_BYTES
 from pipelines.release.local_layout import HOST, LocalLayout, LocalPorts
 from pipelines.release.local_plan import PRODUCTION_PROCESSES, Plan
 from pipelines.release.targets import Slot
@@ -27,8 +28,8 @@ _IDLE_CLIENT_S = 60
 _HEADERS_LIMIT_S = 15
 # Below the 5 s after which uvicorn closes an idle connection: a request must not meet the closing.
 _IDLE_UPSTREAM_S = 3
-# A body up to this many bytes can be sent again, and copied to the canary; a longer one is passed on as it comes.
-_BUFFERED_BYTES = 64 * 2**20
+# A body up to this many bytes can be sent again, and copied to the canary: every image, not every batch.
+_BUFFERED_BYTES = DEFAULT_MAX_BODY_BYTES
 
 
 def bootstrap(layout: LocalLayout, ports: LocalPorts) -> dict[str, Any]:

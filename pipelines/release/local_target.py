@@ -197,7 +197,7 @@ class LocalTarget:
             except OSError as error:
                 raise TryLater(
                     f"{self._layout.routes_file} cannot be written: {error.strerror}\n"
-                    "  what to do: free some space; nothing has changed"
+                    "  what to do: free some space, and try again; traffic goes where it went"
                 ) from error
         return plan
 

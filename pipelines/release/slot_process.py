@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import psutil
 
 from pipelines.core.results import write_json
-from pipelines.errors import Refusal
+from pipelines.errors import EXIT_REFUSED, EXIT_TRY_LATER, PerchError, Refusal
 from pipelines.release.envoy import read_route_table
 from pipelines.release.local_layout import HOST, LocalLayout, SlotPorts
 from pipelines.release.local_plan import Deployment
@@ -27,24 +27,45 @@ START_LINE = "perch: starting "  # of a log
 _STABLE_AFTER_S = 60.0
 _MOST_WAIT_S = 30.0
 _PATIENCE_S = 5.0
+_RETRY_AFTER_S = 5.0
 
 
 def main(arguments: list[str]) -> NoReturn:
-    """Become the service; 65 when the plan has nothing for this process."""
+    """Become the service; 65 when the plan has nothing for this process, 75 when the disk is full."""
     (process,) = arguments
     layout = LocalLayout(get_settings().home)
+    try:
+        command, environment = prepare(layout, process)
+    except (OSError, PerchError) as error:
+        refused = isinstance(error, Refusal)
+        print(f"{'refused' if refused else 'failed'}: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        if refused:
+            sys.exit(EXIT_REFUSED)
+        time.sleep(_RETRY_AFTER_S)  # the supervisor does not wait
+        sys.exit(EXIT_TRY_LATER)
+    os.execve(sys.executable, command, environment)  # noqa: S606
+
+
+def prepare(layout: LocalLayout, process: str) -> tuple[list[str], dict[str, str]]:
+    """Clear the way for a process's service.
+
+    Returns:
+        The command that serves its release, and the environment.
+
+    Raises:
+        Refusal: the plan has nothing for it.
+        OSError: the start cannot be noted.
+    """
     plan, _ = read_route_table(json.loads(layout.routes_file.read_text(encoding="utf-8")))
     deployment = next((known for known in plan.slots.values() if known.process == process), None)
     if deployment is None:
-        refusal = Refusal(f"the process {process}", "has no release to serve", way_out="deploy one")
-        print(f"refused: {refusal}", file=sys.stderr, flush=True)  # noqa: T201
-        sys.exit(refusal.exit_code)
+        raise Refusal(f"the process {process}", "has no release to serve", way_out="deploy one")
     environment = service_environment(layout, deployment, layout.ports().slots[process])
     end_leftovers(layout, process)
     time.sleep(_note_start(layout, deployment))
-    print(f"{START_LINE}{deployment.release.model} v{deployment.release.version}", file=sys.stderr, flush=True)  # noqa: T201
-    command = [sys.executable, "-m", "serving", deployment.release.address]
-    os.execve(sys.executable, command, environment)  # noqa: S606
+    release = deployment.release
+    print(f"{START_LINE}{release.model} v{release.version}", file=sys.stderr, flush=True)  # noqa: T201
+    return [sys.executable, "-m", "serving", release.address], environment
 
 
 def service_environment(layout: LocalLayout, deployment: Deployment, ports: SlotPorts) -> dict[str, str]:

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from pipelines.core.image_limits import DEFAULT_MAX_BODY_BYTES
 from pipelines.release.envoy import SHADOW_HEADER, bootstrap, read_config_dump, read_healthy_clusters, route_table
 from pipelines.release.local_layout import LocalLayout, LocalPorts, SlotPorts
 from pipelines.release.local_plan import PROCESSES, Plan
@@ -140,6 +141,12 @@ def test_envoy__mirror__copies_alone_are_marked_and_carry_the_same_request_id(fr
     assert copy[SHADOW_HEADER] == "1"
     assert "-shadow" in copy["host"]
     assert "-shadow" not in original["host"]
+
+
+def test_envoy__body_larger_than_what_is_held_back__is_passed_on(front: Front) -> None:
+    front.route(Routing(mirror=True))
+    assert front.post(b"x" * (DEFAULT_MAX_BODY_BYTES + 5_000_000)).text == "stable"
+    assert front.stable.requests[0][1] == DEFAULT_MAX_BODY_BYTES + 5_000_000
 
 
 def test_envoy__canary_gone__stable_answers_for_it_and_never_the_other_way_round(front: Front) -> None:

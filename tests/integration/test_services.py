@@ -46,7 +46,7 @@ def test_services__up_twice_supervisor_killed_and_down__leave_no_process(tmp_pat
         assert perch("up", home).stdout == first.stdout  # what runs is left alone
         status = perch("status", home)
         assert status.returncode == 0
-        assert status.stdout.count("RUNNING") == 5
+        assert status.stdout.count("RUNNING") == 6
 
         stack = Stack(Settings(project_dir=PROJECT, home=home))
         os.kill(int((home / "services" / "supervisord.pid").read_text()), signal.SIGKILL)
@@ -55,7 +55,7 @@ def test_services__up_twice_supervisor_killed_and_down__leave_no_process(tmp_pat
         ports = stack.ports()
         assert stack.down()
         assert processes_of(home) == []
-        for port in (ports.mlflow, ports.airflow):
+        for port in (ports.mlflow, ports.airflow, ports.serving):
             with socket.socket() as probe:
                 assert probe.connect_ex(("127.0.0.1", port)) != 0  # nobody answers there any more
         assert not stack.socket.exists()
