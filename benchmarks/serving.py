@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import shutil
 import sys
 import tempfile
 import time
@@ -39,6 +40,8 @@ SETTLE_S = 0.5  # between two servers
 def main() -> None:
     """Measure everything, print it, and end with 1 when a target was missed."""
     arguments = _parse_arguments()
+    if missing := [program for program in ("wrk", "taskset") if shutil.which(program) is None]:
+        sys.exit(f"{' and '.join(missing)} not found; Debian has them in the packages wrk and util-linux")
     out: Path = arguments.out or get_settings().home / "benchmarks" / "serving"
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="perch-bench-") as temporary:
