@@ -115,7 +115,7 @@ def _note_start(layout: LocalLayout, deployment: Deployment) -> float:
     digest, starts, wait_s = deployment.release.digest, 1, 0.0
     if before.get("digest") == digest:
         starts = before["starts"] + 1
-        if 0 <= now - before["started_at"] < _STABLE_AFTER_S:
+        if now - before["started_at"] < _STABLE_AFTER_S:
             wait_s = min(2.0 ** (starts - 3), _MOST_WAIT_S)  # 0.5 s after the first crash
     write_json(
         layout.started_file(deployment.process), {"digest": digest, "started_at": now + wait_s, "starts": starts}
