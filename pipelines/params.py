@@ -259,6 +259,31 @@ class ModelReleaseParams(Section):
         500, gt=0, description="Milliseconds that 95 % of the canary's requests must stay below."
     )
     max_crashes: int = Field(0, ge=0, description="Worker processes of the canary that may end unasked in a step.")
+    min_agreement: Number = Field(
+        0.9, gt=0, lt=1, description="Share of mirrored requests on which the canary must give the champion's label."
+    )
+    min_label_agreement: Number = Field(0.5, gt=0, lt=1, description="The same, among each of the champion's labels.")
+    max_label_shift: Number = Field(
+        0.1, gt=0, lt=1, description="Share of predictions that may move from some labels to others."
+    )
+    max_score_difference: Annotated[Number, Field(gt=0, lt=1)] | None = Field(
+        0.2, description="Mean total variation between both models' probabilities; null is not judged."
+    )
+    acceptable_share: Number = Field(
+        0.2, gt=0, lt=1, description="Of the limit on errors: a canary at this error rate is surely promoted."
+    )
+    unacceptable_share: Number = Field(
+        2.0, gt=1, description="Of the limit on errors: a canary at this error rate is surely rolled back."
+    )
+    wrong_rollback: Number = Field(
+        0.05, gt=0, lt=0.5, description="Largest probability that a gate rolls back what is acceptable (alpha)."
+    )
+    wrong_promotion: Number = Field(
+        0.05, gt=0, lt=0.5, description="Largest probability that a gate lets pass what is unacceptable (beta)."
+    )
+    max_requests: int = Field(
+        20_000, ge=1, description="Canary requests without a verdict after which waiting on will hardly help."
+    )
     max_blind_s: Number = Field(
         30, gt=0, description="Seconds for which a canary with requests may give no metrics before it is rolled back."
     )

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.core.champions import champions_by_ledger, find_alias_disagreements
 from pipelines.core.hash_chain import Record, missing_anchors
 from pipelines.errors import Refusal
 from pipelines.registry.connection import Mlflow, with_mlflow
@@ -202,7 +203,8 @@ def find_disagreements(
         problems.append(
             f"alias {candidate_alias} of {model} points at {_name(actual)}, the ledger's latest is {_name(expected)}"
         )
-    return problems
+    aliases = {alias: str(version.version) for version in versions for alias in version.aliases}
+    return problems + find_alias_disagreements(model, aliases, champions_by_ledger(records, model))
 
 
 def _name(version: int | None) -> str:

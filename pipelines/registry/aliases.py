@@ -1,0 +1,74 @@
+"""MLflow's aliases `champion` and `previous`: moved by releases, and held against the ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pipelines.core.champions import champions_by_ledger, find_alias_disagreements
+from pipelines.core.hash_chain import Record, find_breaks
+from pipelines.registry.connection import Mlflow, with_mlflow
+from pipelines.registry.ledger import Ledger
+from pipelines.registry.models import find_model
+from pipelines.settings import Settings
+
+
+class RegistryAliases:
+    """The aliases of the registry that the settings name."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def move(self, model: str, aliases: Mapping[str, str | None]) -> None:
+        """Point each alias at a version, or remove it where that is None; what is so already stays untouched.
+
+        Raises:
+            TryLater: MLflow did not answer.
+        """
+        with_mlflow(self._settings, lambda mlflow: _move(mlflow, model, aliases))
+
+
+def _move(mlflow: Mlflow, model: str, aliases: Mapping[str, str | None]) -> None:
+    present = _read(mlflow, model)
+    for alias, version in aliases.items():
+        if version is None and alias in present:
+            mlflow.client.delete_registered_model_alias(model, alias)
+        elif version is not None and present.get(alias) != version:
+            mlflow.client.set_registered_model_alias(model, alias, version)
+
+
+def read_aliases(settings: Settings, model: str) -> dict[str, str]:
+    """Alias to version; none where the model was never registered.
+
+    Raises:
+        TryLater: MLflow did not answer.
+    """
+    return with_mlflow(settings, lambda mlflow: _read(mlflow, model))
+
+
+def find_contradictions(settings: Settings) -> list[str]:
+    """What somebody changed by hand: rows of the ledger, and aliases that disagree with it; one sentence each.
+
+    Raises:
+        TryLater: the ledger's database or MLflow did not answer.
+    """
+    ledger = Ledger(settings.ledger_url)
+    try:
+        records = ledger.entries()
+    finally:
+        ledger.close()
+    return [*find_breaks(records), *_alias_disagreements(settings, records)]
+
+
+def _alias_disagreements(settings: Settings, records: list[Record]) -> list[str]:
+    return [
+        problem
+        for model in sorted({record.model for record in records})
+        for problem in find_alias_disagreements(
+            model, read_aliases(settings, model), champions_by_ledger(records, model)
+        )
+    ]
+
+
+def _read(mlflow: Mlflow, model: str) -> dict[str, str]:
+    registered = find_model(mlflow, model)
+    return {alias: str(version) for alias, version in registered.aliases.items()} if registered else {}
