@@ -39,6 +39,13 @@ class Settings(BaseSettings):
     mlflow_uri: str = Field("", description="MLflow's tracking server; empty uses a SQLite file in the home.")
     database_url: str = Field("", description="SQLAlchemy URL of the ledger; empty uses a SQLite file in the home.")
     airflow_uri: str = Field("", description="Airflow's address, for links; empty leaves the links out.")
+    airflow_user: str = Field(
+        "", description="Airflow user who reads and gives answers; empty takes those of `passwords.json` in the home."
+    )
+    airflow_password: str = Field("", repr=False, description="Password of that user.")
+    approvers: str = Field(
+        "approver", description="Airflow users who may answer a request for approval, separated by spaces."
+    )
     notice_urls: str = Field("", description="Apprise URLs that get notices, separated by spaces; empty logs them.")
     retry_delay_s: float = Field(
         15.0, gt=0, description="Seconds before a failed task's second try; doubled each time."

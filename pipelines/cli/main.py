@@ -12,6 +12,7 @@ import typer
 from pipelines import __version__
 from pipelines.cli import (
     api_keys,
+    approvals,
     expectations,
     ledger,
     models,
@@ -56,10 +57,13 @@ runs.add_commands(app)
 services.add_commands(app)
 app.command("package", rich_help_panel="Run")(releases.package)
 app.add_typer(releases.keys_app, name="keys", rich_help_panel="Run")
+app.command("approve", rich_help_panel="Run")(approvals.approve)
+app.command("reject", rich_help_panel="Run")(approvals.reject)
 app.command("predict", rich_help_panel="Run")(predict.predict)
 app.command("params", rich_help_panel="Look and check")(params.show)
 app.add_typer(models.app, name="models", rich_help_panel="Look and check")
 app.add_typer(ledger.app, name="ledger", rich_help_panel="Look and check")
+app.command("approvals", rich_help_panel="Look and check")(approvals.list_approvals)
 app.command("predictions", rich_help_panel="Look and check")(predictions.list_predictions)
 app.command("why", rich_help_panel="Look and check")(predictions.why)
 app.add_typer(expectations.app, name="expectations", rich_help_panel="Look and check")

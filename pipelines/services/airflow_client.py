@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -93,6 +94,23 @@ class AirflowClient:
         content = self._json("GET", path, params={"full_content": "true"}, headers={"Accept": "application/json"})
         events = [entry.get("event", "") if isinstance(entry, dict) else str(entry) for entry in content["content"]]
         return [event for event in events if event][-lines:]
+
+    def call(
+        self, method: str, path: str, *, params: Mapping[str, Any] | None = None, json: Any = None
+    ) -> tuple[int, Any]:
+        """Ask for any path below `/api/v2`.
+
+        Returns:
+            HTTP status, and the JSON of the body; its text where it is none.
+
+        Raises:
+            TryLater: Airflow does not answer.
+        """
+        response = self._request(method, path, params=params, json=json)
+        try:
+            return response.status_code, response.json()
+        except ValueError:
+            return response.status_code, response.text
 
     def _request(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
         try:

@@ -1,0 +1,106 @@
+"""`perch approvals`, `perch approve` and `perch reject`: what waits for an answer in Airflow, and giving it there."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from pipelines.release.airflow_approvals import Ask
+    from pipelines.settings import Settings
+
+VersionArgument = Annotated[str, typer.Argument(help="Number of the version, e.g. 3 or v3.", metavar="VERSION")]
+ModelOption = Annotated[str, typer.Option("--model", help="Registered model; the one of params.yaml by default.")]
+AsOption = Annotated[
+    str, typer.Option("--as", metavar="USER", help="Airflow user to answer as; the first approver by default.")
+]
+
+
+def list_approvals() -> None:
+    """List what waits for an approval: which version, since when, who may answer, and where."""
+    from rich.table import Table
+
+    from pipelines.release.airflow_approvals import AirflowApprovals
+    from pipelines.services.airflow_access import find_airflow_uri, open_airflow
+    from pipelines.settings import get_settings
+
+    settings, console = get_settings(), Console(soft_wrap=True, highlight=False)
+    asks = AirflowApprovals(open_airflow(settings)).open_asks()
+    if not asks:
+        console.print("Nothing waits for an approval.")
+        return
+    table = Table(box=None, pad_edge=False)
+    for title in ("asked (UTC)", "what", "who may answer", "evidence"):
+        table.add_column(title, no_wrap=title != "what")
+    for ask in asks:
+        who = ", ".join(ask.assigned)
+        table.add_row(f"{ask.asked_at:%Y-%m-%d %H:%M}", ask.subject, who, ask.evidence_sha256[:12])
+    console.print(table)
+    for ask in asks:
+        console.print(f"{find_airflow_uri(settings)}{ask.page}")
+
+
+def approve(
+    version: VersionArgument,
+    comment: Annotated[str, typer.Option("--comment", help="Why, for the ledger.")] = "",
+    model: ModelOption = "",
+    user: AsOption = "",
+) -> None:
+    """Approve the release of a version, as a user of Airflow who was asked; the answer is recorded there."""
+    settings, name, number = _subject(version, model)
+    ask = _open_asks(settings, name, number)[0]
+    _answer(settings, ask, _choose_user(settings, user), approve=True, comment=comment)
+    typer.echo("The engine weighs it by the promotion policy at its next look; `perch releases` shows what it did.")
+
+
+def reject(
+    version: VersionArgument,
+    comment: Annotated[str, typer.Option("--comment", help="Why; without it a rejection does not count.")],
+    model: ModelOption = "",
+    user: AsOption = "",
+) -> None:
+    """Reject the release of a version, as a user of Airflow who was asked; nothing of it will go live."""
+    from pipelines.errors import Refusal
+
+    if not comment.strip():
+        raise Refusal("--comment", "is empty", limit="why it is rejected", way_out="say it in a sentence")
+    settings, name, number = _subject(version, model)
+    for ask in _open_asks(settings, name, number):
+        _answer(settings, ask, _choose_user(settings, user), approve=False, comment=comment)
+
+
+def _subject(version: str, model: str) -> tuple[Settings, str, int]:
+    from pipelines.cli.models import default_params, parse_version
+    from pipelines.settings import get_settings
+
+    return get_settings(), model or default_params().model_name, parse_version(version)
+
+
+def _choose_user(settings: Settings, user: str) -> str:
+    return user or settings.airflow_user or next(iter(settings.approvers.split()), "")
+
+
+def _open_asks(settings: Settings, model: str, version: int) -> list[Ask]:
+    from pipelines.errors import Refusal
+    from pipelines.release.airflow_approvals import AirflowApprovals
+    from pipelines.services.airflow_access import open_airflow
+
+    asks = AirflowApprovals(open_airflow(settings)).open_asks(model, str(version))
+    if not asks:
+        raise Refusal(
+            f"the release of {model} v{version}",
+            "waits for no answer",
+            way_out="`perch approvals` lists what does; `perch ledger` what was decided",
+        )
+    return asks
+
+
+def _answer(settings: Settings, ask: Ask, user: str, *, approve: bool, comment: str) -> None:
+    from pipelines.release.airflow_approvals import AirflowApprovals
+    from pipelines.services.airflow_access import open_airflow
+
+    AirflowApprovals(open_airflow(settings, user)).answer(ask, approve=approve, comment=comment)
+    word = "approved" if approve else "rejected"
+    typer.echo(f"{word} as {user}: {ask.subject} (evidence {ask.evidence_sha256[:12]})")
