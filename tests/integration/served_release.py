@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import psutil
 
-from pipelines.core.api_keys import ApiKeyFile, new_key, write_keys
+from pipelines.core.api_keys import ApiKey, ApiKeyFile, new_key, write_keys
 from pipelines.core.contract import ModelContract
 from pipelines.core.release_unit import MANIFEST_FILE, MODEL_FILE, RELEASE_FOLDER, ReleaseManifest
 from pipelines.core.scopes import Scope
@@ -66,11 +66,13 @@ class Server:
         stage: from `stage_release`.
         home: folder for what the server writes.
         settings: of the service, without their prefix.
+        keys: taken beside its own.
     """
 
     stage: Path
     home: Path
     settings: dict[str, Any] = field(default_factory=dict)
+    keys: tuple[ApiKey, ...] = ()
     port: int = 0
     key: str = ""
     process: subprocess.Popen[bytes] | None = None
@@ -92,9 +94,8 @@ class Server:
         self.home.mkdir(parents=True, exist_ok=True)
         self.port = self.port or any_free_port()
         keys = self.home / "api-keys.json"
-        if not keys.exists():
-            self.key, entry = new_key("tests", tuple(Scope), rate_per_s=1e6, burst=10_000_000)
-            write_keys(keys, ApiKeyFile(keys=(entry,)))
+        self.key, entry = new_key("tests", tuple(Scope), rate_per_s=1e6, burst=10_000_000)
+        write_keys(keys, ApiKeyFile(keys=(entry, *self.keys)))
         settings = {
             "API_KEYS_FILE": keys,
             "PREDICTIONS_URL": self.predictions,
