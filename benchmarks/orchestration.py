@@ -91,7 +91,7 @@ def dvc_repro(settings: Settings, epochs: int) -> dict[str, float]:
 def dag_run(settings: Settings, epochs: int) -> dict[str, float]:
     """The DAG up to the last stage of `dvc.yaml`, from the trigger to the end of that task."""
     stack = Stack(settings)
-    ports = stack.up(lambda _: None, Ports(mlflow=any_free_port(), airflow=any_free_port()))
+    ports = stack.up(lambda _: None, Ports(any_free_port(), any_free_port(), any_free_port()))
     try:
         client = AirflowClient(ports.airflow_uri, "admin", ensure_passwords(settings)["admin"])
         client.wait_for_dag(DAG)

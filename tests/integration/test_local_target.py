@@ -92,6 +92,7 @@ class Rig:
         target.deploy(Slot.CANARY, self.second)
         target.wait_ready(Slot.STABLE, READY_LIMIT_S)
         target.wait_ready(Slot.CANARY, READY_LIMIT_S)
+        target.route(Routing(1))  # once Envoy finds it healthy as well
         target.route(Routing())
 
 
