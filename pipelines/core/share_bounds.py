@@ -33,7 +33,7 @@ def log_evidence_above(total: float, trials: float, share: float) -> float:
 
     Returns:
         log of the average, over theta uniform on (share, 1), of the likelihood ratio of theta to `share`; 0 without
-        trials, `-inf` where it is too small for a double.
+        trials.  Far below 0, where it decides nothing, it is rough, or `-inf`.
     """
     return _log_mixture(total, trials, share)
 
