@@ -46,6 +46,9 @@ class Settings(BaseSettings):
     approvers: str = Field(
         "approver", description="Airflow users who may answer a request for approval, separated by spaces."
     )
+    promotion_policy: Folder | None = Field(
+        None, description="YAML file that says who may approve which model; by default anybody but who asked."
+    )
     notice_urls: str = Field("", description="Apprise URLs that get notices, separated by spaces; empty logs them.")
     retry_delay_s: float = Field(
         15.0, gt=0, description="Seconds before a failed task's second try; doubled each time."

@@ -20,6 +20,7 @@ from pipelines.cli import (
     predict,
     predictions,
     releases,
+    rollouts,
     runs,
     services,
     stages,
@@ -57,14 +58,17 @@ runs.add_commands(app)
 services.add_commands(app)
 app.command("package", rich_help_panel="Run")(releases.package)
 app.add_typer(releases.keys_app, name="keys", rich_help_panel="Run")
+app.add_typer(rollouts.app, name="releases", rich_help_panel="Run")
+app.command("rollback", rich_help_panel="Run")(rollouts.rollback)
 app.command("approve", rich_help_panel="Run")(approvals.approve)
 app.command("reject", rich_help_panel="Run")(approvals.reject)
 app.command("predict", rich_help_panel="Run")(predict.predict)
 app.command("params", rich_help_panel="Look and check")(params.show)
 app.add_typer(models.app, name="models", rich_help_panel="Look and check")
 app.add_typer(ledger.app, name="ledger", rich_help_panel="Look and check")
-app.command("approvals", rich_help_panel="Look and check")(approvals.list_approvals)
+app.add_typer(approvals.app, name="approvals", rich_help_panel="Look and check")
 app.command("predictions", rich_help_panel="Look and check")(predictions.list_predictions)
+app.command("watchdog", rich_help_panel="Services on this machine")(rollouts.watchdog)
 app.command("why", rich_help_panel="Look and check")(predictions.why)
 app.add_typer(expectations.app, name="expectations", rich_help_panel="Look and check")
 app.add_typer(api_keys.app, name="api-keys", rich_help_panel="Look and check")

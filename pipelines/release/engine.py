@@ -163,26 +163,35 @@ class ReleaseEngine:
 
     def _consider_approval(self, row: RolloutRow, state: RolloutState) -> RolloutState:
         world = self._world
-        request = self.approval_request(state)
-        decision = decide(world.policy, request, world.approvals.responses(request), _moment(world.clock()))
+        request = self.approval_request(state, state.evidence_sha256)
+        responses = world.approvals.responses(request)
+        if responses:  # only an answer is worth reading all the evidence again
+            request = self.approval_request(state)
+        decision = decide(world.policy, request, responses, _moment(world.clock()))
         if decision.outcome == "rejected":
             return self._roll_back(state, decision.reason, by="approval")
         if decision.outcome == "approved":
-            return self._step_forward(row, replace(state, approvals=decision.approvals, waiting_for=""), {})
+            return self._step_forward(row, replace(state, approvals=decision.approvals, needs_answer=False), {})
         waiting_for = "\n".join([decision.reason, *(denial.reason for denial in decision.denials)])
-        if waiting_for != state.waiting_for:
-            waiting = replace(state, waiting_for=waiting_for)
+        needs_answer = len(decision.approvals) < world.policy.rule_for(state.release.model).min_approvals
+        if (waiting_for, needs_answer) != (state.waiting_for, state.needs_answer):
+            waiting = replace(state, waiting_for=waiting_for, needs_answer=needs_answer)
             world.rollouts.save(row, waiting.to_document(), is_open=True)
             return waiting
         return state
 
-    def approval_request(self, state: RolloutState) -> ApprovalRequest:
-        """What is asked of approvers: with the evidence as it is now, so that an answer to another one is void."""
+    def approval_request(self, state: RolloutState, evidence_sha256: str = "") -> ApprovalRequest:
+        """What is asked of approvers: with the evidence as it is now, so that an answer to another one is void.
+
+        Args:
+            state: of the rollout.
+            evidence_sha256: instead of reading it now.
+        """
         return ApprovalRequest(
             rollout_id=state.rollout_id,
             model=state.release.model,
             version=state.release.version,
-            evidence_sha256=self._world.evidence(state.release),
+            evidence_sha256=evidence_sha256 or self._world.evidence(state.release),
             requested_by=state.requested_by,
             requested_at=_moment(state.requested_at),
         )

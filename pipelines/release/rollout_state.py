@@ -95,6 +95,7 @@ class RolloutState:
         reading: what the gates said last.
         approvals: the answers that released it.
         waiting_for: what an approval lacks, for a person.
+        needs_answer: whether it waits for a person, rather than for a freeze to end.
         reason: why it was rolled back.
         passages: the steps so far.
         forecast: what the gates were expected to need, when it began.
@@ -119,6 +120,7 @@ class RolloutState:
     reading: StepReading | None = None
     approvals: tuple[Response, ...] = ()
     waiting_for: str = ""
+    needs_answer: bool = True
     reason: str = ""
     passages: tuple[Passage, ...] = ()
     forecast: Mapping[str, Any] = field(default_factory=dict)

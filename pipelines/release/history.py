@@ -1,0 +1,94 @@
+"""Rollouts as text: what became of each, and where one stands now."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import pairwise
+from typing import Any
+
+from pipelines.release.rollout_state import Passage, RolloutState
+from pipelines.release.steps import PENDING, PROMOTED, ROLLED_BACK
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A rollout in the list of all.
+
+    Attributes:
+        began: UTC.
+        version: in the registry.
+        outcome: promoted, rolled back, or the step it is in.
+        lasted_s: from its beginning to its last step.
+        approved: by whom, with which words.
+        course: each step that it left, with the canary's requests in it.
+        reason: of a rollback, or what is waited for.
+    """
+
+    began: datetime
+    version: str
+    outcome: str
+    lasted_s: float
+    approved: str
+    course: str
+    reason: str
+
+
+def summarise(state: RolloutState) -> Entry:
+    """A rollout in a few words."""
+    return Entry(
+        began=datetime.fromtimestamp(state.requested_at, UTC),
+        version=f"v{state.release.version}",
+        outcome=describe_step(state.step.name),
+        lasted_s=state.passages[-1].at - state.passages[0].at if state.passages else 0.0,
+        approved=", ".join(
+            answer.responder + (f": “{answer.comment}”" if answer.comment else "") for answer in state.approvals
+        ),
+        course=_describe_course(state.passages),
+        reason=state.reason or state.waiting_for,
+    )
+
+
+def as_result(state: RolloutState) -> dict[str, Any]:
+    """What a scheduler needs to know of a rollout, as a JSON tree."""
+    entry = summarise(state)
+    return {
+        "rollout_id": state.rollout_id,
+        "model": state.release.model,
+        "version": state.release.version,
+        "step": state.step.name,
+        "is_finished": state.is_finished,
+        "was_released": any(passage.step not in (PENDING.name, ROLLED_BACK.name) for passage in state.passages),
+        "waiting_for": state.waiting_for,
+        "needs_answer": state.step == PENDING and state.needs_answer,
+        "reason": state.reason,
+        "evidence_sha256": state.evidence_sha256,
+        "requested_by": state.requested_by,
+        "summary": "\n".join(
+            line
+            for line in (
+                f"{state.release.model} {entry.version}: {entry.outcome} after {entry.lasted_s / 60:.1f} min",
+                f"approved by {entry.approved}" if entry.approved else "",
+                f"{entry.course} requests" if entry.course else "",
+                entry.reason,
+            )
+            if line
+        ),
+    }
+
+
+def describe_step(name: str) -> str:
+    """A step's name for a person: `canary@10` is `10 %`."""
+    if name.startswith("canary@"):
+        return f"{name.removeprefix('canary@')} %"
+    return {ROLLED_BACK.name: "rolled back", PENDING.name: "waits for approval"}.get(name, name)
+
+
+def _describe_course(passages: Sequence[Passage]) -> str:
+    """`shadow 400 · 10 % 412`: a step's requests stand in the passage to the next."""
+    parts = []
+    for step, following in pairwise(passages):
+        if step.step not in (PENDING.name, PROMOTED.name):
+            parts.append(f"{describe_step(step.step)} {following.requests:,}")
+    return " · ".join(parts)
