@@ -200,11 +200,13 @@ class ReleaseEngine:
 
     def _watch(self, row: RolloutRow, state: RolloutState) -> RolloutState:
         world = self._world
-        if why := rollback.trouble(state, world.target.state()):
-            # Whoever took traffic away is about to write down why; a better reason than this one.
+        actual = world.target.state()
+        if (why := rollback.trouble(state, actual)) and rollback.may_pass(state, actual):
             world.pause(_GRACE_S)
             if self._required(state.rollout_id).revision != row.revision:
                 raise StaleRolloutError(f"{state.rollout_id}: somebody else moved this release meanwhile")
+            why = rollback.trouble(state, world.target.state())
+        if why:
             return self._roll_back(state, why)
         state, reading = look(world, state)
         if reading.verdict == ROLL_BACK:

@@ -160,10 +160,14 @@ def finish_rollback(world: World, row: RolloutRow) -> RolloutState:
     return settled
 
 
-def has_less_traffic(state: RolloutState, actual: TargetState) -> bool:
-    """Whether the canary gets less than its step gives: somebody has taken traffic away."""
+def may_pass(state: RolloutState, actual: TargetState) -> bool:
+    """Whether trouble deserves a second look before anything is done.
+
+    Somebody has taken traffic away, and is about to write down why; or the canary did not say in time that it is well.
+    """
     given, routing = state.step.routing, actual.routing
-    return routing.canary_percent < given.canary_percent or (given.mirror and not routing.mirror)
+    taken_away = routing.canary_percent < given.canary_percent or (given.mirror and not routing.mirror)
+    return taken_away or (routing == given and Slot.CANARY not in actual.ready)
 
 
 def trouble(state: RolloutState, actual: TargetState) -> str:
@@ -183,6 +187,8 @@ def trouble(state: RolloutState, actual: TargetState) -> str:
         return "the canary's slot holds another release"
     if state.champion is not None and actual.slots.get(Slot.STABLE) != state.champion:
         return "the stable slot holds another release than when this one began"
+    if Slot.CANARY not in actual.ready:
+        return "crashes: the canary takes no requests any more"
     return ""
 
 

@@ -34,6 +34,7 @@ from pipelines.release.world import World
 BY = "watchdog"
 INTERVAL_S = 1.0
 _GRACE_S = 3.0  # for whoever took traffic away to write down why
+_UNREADY_S = 1.0  # a canary that is only busy answers the second time
 _log = logging.getLogger(__name__)
 
 
@@ -62,7 +63,7 @@ class Watchdog:
         self._read_at = monotonic()
         self._pulses: dict[str, _Pulse] = {}
         self._blind_since: dict[str, float] = {}
-        self._less_since: dict[str, float] = {}
+        self._trouble_since: dict[str, float] = {}
         self._readings: dict[tuple[str, str], StepReading] = {}
         self._said = ""
 
@@ -139,10 +140,11 @@ class Watchdog:
 
     def _lasting_trouble(self, row: RolloutRow, state: RolloutState, actual: TargetState) -> str:
         why = rollback.trouble(state, actual)
-        if why and rollback.has_less_traffic(state, actual):
-            since = self._less_since.setdefault(row.rollout_id, self._monotonic())
-            return why if self._monotonic() - since >= _GRACE_S else ""
-        self._less_since.pop(row.rollout_id, None)
+        if why and rollback.may_pass(state, actual):
+            since = self._trouble_since.setdefault(row.rollout_id, self._monotonic())
+            grace_s = _GRACE_S if actual.routing != state.step.routing else _UNREADY_S
+            return why if self._monotonic() - since >= grace_s else ""
+        self._trouble_since.pop(row.rollout_id, None)
         return why
 
     def _blindness(self, row: RolloutRow, state: RolloutState, *, is_blind: bool) -> str:
@@ -162,12 +164,12 @@ class Watchdog:
         interrupted = rollback.is_interrupted_rollback(state, actual)
         has_traffic = actual.routing != Routing() and stable is not None and canary and canary.model == row.model
         if not interrupted and not has_traffic:
-            self._less_since.pop(row.rollout_id, None)
+            self._trouble_since.pop(row.rollout_id, None)
             return ""
-        since = self._less_since.setdefault(row.rollout_id, self._monotonic())
+        since = self._trouble_since.setdefault(row.rollout_id, self._monotonic())
         if self._monotonic() - since < _GRACE_S or not self._is_still(row, state):
             return ""
-        self._less_since.pop(row.rollout_id)
+        self._trouble_since.pop(row.rollout_id)
         if interrupted:
             reason = "a rollback that was interrupted"
             text = rollback.roll_back(self._world, row.model, reason=reason, by=BY, only=row.rollout_id).text

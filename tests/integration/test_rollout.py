@@ -1,0 +1,167 @@
+"""Rollouts with real parts: services behind Envoy under traffic, gates, kept predictions, database, watchdog."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+import pytest
+
+from pipelines.params import ModelReleaseParams
+from pipelines.predictions.mirrored import compare_answers
+from pipelines.predictions.stores import open_store as open_predictions
+from pipelines.registry.ledger import Ledger
+from pipelines.registry.rollout_table import RolloutTable
+from pipelines.release.approvals import Response
+from pipelines.release.engine import ReleaseEngine, ReleaseRequest
+from pipelines.release.gates import Gates
+from pipelines.release.policy import PromotionPolicy
+from pipelines.release.rollback import roll_back
+from pipelines.release.rollout_state import RolloutState
+from pipelines.release.steps import PROMOTED, ROLLED_BACK, Phase, Plan, Step
+from pipelines.release.targets import Routing, Slot
+from pipelines.release.watchdog import Watchdog
+from pipelines.release.world import World
+from tests.integration.test_local_target import Rig, rig, settled  # noqa: F401 - fixtures
+from tests.unit.release.simulated_release import RecordedAnswers, SimulatedAliases
+
+pytestmark = pytest.mark.services
+
+EVIDENCE = "5d" * 32
+# A few hundred requests must do: the machine of a test has no traffic of a day.
+PARAMS = ModelReleaseParams(
+    canary_percents=[30, 100],
+    min_step_s=1,
+    max_step_s=90,
+    max_error_rate=0.05,
+    min_agreement=0.8,
+    abandoned_after_s=6,
+    lease_s=3,
+)
+CANARY_30 = Step(Phase.CANARY, 30)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def predictions_are_kept_at_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PERCH_SERVING_FLUSH_INTERVAL_S", "1")
+        yield
+
+
+@dataclass
+class Scene:
+    rig: Rig
+    world: World
+    aliases: SimulatedAliases
+    rollout: RolloutState
+    alerts: list[str]
+
+    def engine(self, name: str) -> ReleaseEngine:
+        return ReleaseEngine(self.world, name)
+
+    def run_to(self, *steps: Step, limit_s: float = 120) -> RolloutState:
+        engine, deadline = self.engine("engine"), time.monotonic() + limit_s
+        while True:
+            state = engine.advance(self.rollout.rollout_id)
+            if state.settled and state.step in (*steps, ROLLED_BACK, PROMOTED):
+                return state
+            assert time.monotonic() < deadline, state.reading
+            time.sleep(0.3)
+
+    def wait_for_rollback(self, limit_s: float) -> float:
+        """Seconds until no request goes to the canary."""
+        began = time.monotonic()
+        while self.rig.target.state().routing != Routing():
+            assert time.monotonic() - began < limit_s
+            time.sleep(0.02)
+        return time.monotonic() - began
+
+
+@pytest.fixture
+def scene(settled: Rig) -> Iterator[Scene]:  # noqa: F811
+    """The first release serves, the second has been approved; the watchdog runs."""
+    (settled.settings.home / "ledger.db").unlink(missing_ok=True)
+    target, settings = settled.target, settled.settings
+    target.remove(Slot.CANARY)
+    answers, aliases, alerts = RecordedAnswers(), SimulatedAliases(), []
+
+    def compare(state: RolloutState) -> object:
+        since = datetime.fromtimestamp(state.entered_at, UTC)
+        return compare_answers(open_predictions(settings), state.release.model, "1", "2", since)
+
+    world = World(
+        target=target,
+        rollouts=RolloutTable(settings.ledger_url),
+        glance=RolloutTable(settings.ledger_url, patient=False),
+        ledger=Ledger(settings.ledger_url),
+        aliases=aliases,
+        approvals=answers,
+        policy=PromotionPolicy(),
+        evidence=lambda release: EVIDENCE,
+        judge=Gates(compare),
+    )
+    request = ReleaseRequest(settled.second, settled.first, "scheduler", EVIDENCE)
+    rollout = ReleaseEngine(world, "beginner").begin(request, Plan(PARAMS))
+    answers.answers.append(Response("approver", datetime.now(UTC), True, EVIDENCE, "fine"))
+    of_watchdog = replace(world, rollouts=world.glance, judge=Gates(compare))
+    watchdog, stop = Watchdog(of_watchdog, lambda title, text: alerts.append(text)), threading.Event()
+    thread = threading.Thread(target=watchdog.run, args=(stop, 0.5))
+    thread.start()
+    yield Scene(settled, world, aliases, rollout, alerts)
+    stop.set()
+    thread.join()
+
+
+def test_rollout__good_release_under_traffic__is_promoted_then_taken_back_and_no_request_fails(scene: Scene) -> None:
+    with scene.rig.traffic() as traffic:
+        state = scene.run_to(PROMOTED)
+        assert state.step == PROMOTED, state.reason
+        assert scene.rig.target.state().slots[Slot.STABLE] == scene.rig.second
+        assert scene.aliases.aliases == {"champion": "2", "previous": "1"}
+        outcome = roll_back(scene.world, state.release.model, reason="by hand", by="on-call")
+        assert outcome.is_recorded
+        assert outcome.traffic_s is not None
+        assert outcome.traffic_s < 5
+        moved = time.monotonic()
+        traffic.wait_for(50)
+        time.sleep(0.5)
+    assert traffic.failed == []
+    assert {exchange.version for exchange in traffic.since(moved + 0.25)} == {"1"}
+    events = [record.event for record in Ledger(scene.rig.settings.ledger_url).entries()]
+    assert events == ["approved", "traffic", "traffic", "traffic", "promoted", "rolled_back"]
+
+
+def test_rollout__canary_killed__loses_its_traffic_within_five_seconds(scene: Scene) -> None:
+    with scene.rig.traffic() as traffic:
+        state = scene.run_to(CANARY_30)
+        assert state.step == CANARY_30, state.reason
+        processes = scene.rig.processes(Slot.CANARY)
+        for process in processes:
+            process.kill()
+        assert scene.wait_for_rollback(10) < 5
+        moved = time.monotonic()
+        traffic.wait_for(50)
+        time.sleep(0.5)
+    in_flight = traffic.clients
+    assert len(traffic.failed) <= in_flight
+    assert {exchange.version for exchange in traffic.since(moved + 0.25)} == {"1"}
+    final = scene.run_to(ROLLED_BACK)
+    assert final.step == ROLLED_BACK
+    assert final.reason.startswith("crashes: ")
+
+
+def test_rollout__engine_gone_at_30_percent__the_watchdog_gives_the_traffic_back(scene: Scene) -> None:
+    with scene.rig.traffic() as traffic:
+        state = scene.run_to(CANARY_30)
+        assert state.step == CANARY_30, state.reason
+        assert scene.wait_for_rollback(PARAMS.abandoned_after_s + 5) > 1
+    assert traffic.failed == []
+    deadline = time.monotonic() + 10
+    while not (final := scene.engine("later").advance(scene.rollout.rollout_id)).is_finished:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert final.step == ROLLED_BACK
+    assert "nobody moved the release for" in final.reason
