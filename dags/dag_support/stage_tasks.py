@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 from airflow.providers.standard.hooks.subprocess import SubprocessHook
 from airflow.sdk import BaseOperator, BaseOperatorLink
-from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
 from dags.dag_support.candidates import describe_candidate
 from dags.dag_support.form import form_overrides
+from dags.dag_support.perch_command import run_perch
 from dags.dag_support.project import PROJECT_DIR
-from pipelines.errors import EXIT_REFUSED
 from pipelines.params import load_params
 
 if TYPE_CHECKING:
@@ -91,21 +87,15 @@ class StageOperator(BaseOperator):
         requested_by = getattr(run, "triggering_user_name", None) or run.run_type
         overrides = form_overrides(context.get("params", {}), load_params(PROJECT_DIR / "params.yaml"))
         self.hook = SubprocessHook()
-        outcome = self.hook.run_command(
-            [
-                *(str(Path(sys.executable).parent / "perch"), self.stage, "--run", self.run_prefix + run.run_id),
-                *("--conf", json.dumps(overrides), "--as-of", (run.logical_date or run.run_after).date().isoformat()),
-                *("--by", requested_by, "--json"),
-            ],
-            env={**os.environ, "PERCH_DIE_WITH_PARENT": "1", "PERCH_PROJECT_DIR": str(PROJECT_DIR), "COLUMNS": "140"},
-            cwd=str(PROJECT_DIR),
+        outcome = run_perch(
+            self.hook,
+            *(self.stage, "--run", self.run_prefix + run.run_id, "--conf", json.dumps(overrides)),
+            *("--as-of", (run.logical_date or run.run_after).date().isoformat()),
+            *("--by", requested_by, "--json"),
         )
-        result = _parse(outcome.output)
+        result = outcome.result
         self.links = result.pop("links", {})
-        if outcome.exit_code == EXIT_REFUSED:
-            raise AirflowFailException(f"{self.stage} refused; the last lines of the log say what, why and the way out")
-        if outcome.exit_code != 0:
-            raise AirflowException(f"{self.stage} ended with exit code {outcome.exit_code}; it can be tried again")
+        outcome.raise_for_exit(self.stage)
         for outlet in self.outlets:
             context["outlet_events"][outlet].extra = describe_candidate(
                 result, run_id=self.run_prefix + run.run_id, requested_by=requested_by
@@ -116,12 +106,3 @@ class StageOperator(BaseOperator):
         """End the process group: the stage's own process is a grandchild."""
         if self.hook is not None:
             self.hook.send_sigterm()
-
-
-def _parse(line: str) -> dict[str, Any]:
-    """The command's last line; a process that was killed has left something else there, or nothing."""
-    try:
-        result = json.loads(line)
-    except ValueError:
-        return {}
-    return result if isinstance(result, dict) else {}

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from pipelines.release.airflow_approvals import Ask
     from pipelines.settings import Settings
 
+app = typer.Typer(help="List what waits for an approval, or show the page that is to be read.", no_args_is_help=False)
+
 VersionArgument = Annotated[str, typer.Argument(help="Number of the version, e.g. 3 or v3.", metavar="VERSION")]
 ModelOption = Annotated[str, typer.Option("--model", help="Registered model; the one of params.yaml by default.")]
 AsOption = Annotated[
@@ -18,15 +20,19 @@ AsOption = Annotated[
 ]
 
 
-def list_approvals() -> None:
+@app.callback(invoke_without_command=True)
+def list_approvals(context: typer.Context) -> None:
     """List what waits for an approval: which version, since when, who may answer, and where."""
+    if context.invoked_subcommand is not None:
+        return
     from rich.table import Table
 
+    from pipelines.cli.models import wide_console
     from pipelines.release.airflow_approvals import AirflowApprovals
     from pipelines.services.airflow_access import find_airflow_uri, open_airflow
     from pipelines.settings import get_settings
 
-    settings, console = get_settings(), Console(soft_wrap=True, highlight=False)
+    settings, console = get_settings(), wide_console()
     asks = AirflowApprovals(open_airflow(settings)).open_asks()
     if not asks:
         console.print("Nothing waits for an approval.")
@@ -39,7 +45,22 @@ def list_approvals() -> None:
         table.add_row(f"{ask.asked_at:%Y-%m-%d %H:%M}", ask.subject, who, ask.evidence_sha256[:12])
     console.print(table)
     for ask in asks:
-        console.print(f"{find_airflow_uri(settings)}{ask.page}")
+        console.print(f"{find_airflow_uri(settings)}{ask.page}", highlight=False)
+
+
+@app.command("page")
+def show_page(
+    rollout: Annotated[str, typer.Argument(help="Id of the release; what is under way by default.")] = "",
+) -> None:
+    """Print what an approver reads: numbers beside the champion's, staging, what the rollout will need, the card."""
+    from rich.markdown import Markdown
+
+    from pipelines.services.rollouts import find_rollout, write_approval_page
+    from pipelines.settings import get_settings
+
+    settings = get_settings()
+    page = write_approval_page(settings, find_rollout(settings, rollout))
+    Console().print(Markdown(f"# {page.subject}\n\n{page.body}"))
 
 
 def approve(

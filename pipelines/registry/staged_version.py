@@ -65,7 +65,14 @@ def fetch_evidence_files(
 
 
 def record_staged(
-    settings: Settings, model: str, version: str, digest: str, *, smoke_tests: int, golden_images: int
+    settings: Settings,
+    model: str,
+    version: str,
+    digest: str,
+    *,
+    run_id: str,
+    smoke_tests: int,
+    golden_images: int,
 ) -> Record:
     """Write into the ledger that a release passed all its smoke tests; once for each release and number of tests.
 
@@ -78,7 +85,12 @@ def record_staged(
             "staged",
             model=model,
             version=version,
-            evidence={"release_sha256": digest, "smoke_tests": smoke_tests, "golden_images": golden_images},
+            evidence={
+                "run_id": run_id,
+                "release_sha256": digest,
+                "smoke_tests": smoke_tests,
+                "golden_images": golden_images,
+            },
             key=f"staged:{model}:{version}:{digest}:{smoke_tests}:{golden_images}",
         )
     finally:

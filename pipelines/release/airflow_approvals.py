@@ -23,6 +23,7 @@ TASK_IDS = ("request_approval", "request_further_approvals")
 APPROVE, REJECT = "Approve", "Reject"  # ApprovalOperator's options
 COMMENT = "comment"
 _PAGE = 100
+_ENDED = {"success", "failed", "skipped", "upstream_failed", "removed"}
 
 
 class AirflowApi(Protocol):
@@ -52,6 +53,7 @@ class Ask:
         subject: its headline.
         rollout_id: named in its text; empty where it names none.
         evidence_sha256: named in its text.
+        state: of the task, in Airflow's words.
         assigned: ids of the users who may answer; empty: everybody with access.
         asked_at: when, with a zone.
         answered_by: who answered; empty where nobody did, or its time ran out.
@@ -66,6 +68,7 @@ class Ask:
     subject: str
     rollout_id: str
     evidence_sha256: str
+    state: str
     assigned: tuple[str, ...]
     asked_at: datetime
     answered_by: str
@@ -112,7 +115,7 @@ class AirflowApprovals:
         ]
 
     def open_asks(self, model: str = "", version: str = "") -> list[Ask]:
-        """What nobody has answered yet, oldest first.
+        """What nobody has answered yet and still waits, oldest first; a task that was ended by hand does not.
 
         Args:
             model: of this model only.
@@ -120,7 +123,8 @@ class AirflowApprovals:
         """
         wanted = "".join(f"{part}:" for part in (model, version) if part)
         found = self._asks(wanted, {"response_received": False})
-        return sorted((ask for ask in found if ask.rollout_id.startswith(wanted)), key=lambda ask: ask.asked_at)
+        waiting = [ask for ask in found if ask.rollout_id.startswith(wanted) and ask.state not in _ENDED]
+        return sorted(waiting, key=lambda ask: ask.asked_at)
 
     def answer(self, ask: Ask, *, approve: bool, comment: str) -> None:
         """Answer as the user of the API.
@@ -172,6 +176,7 @@ def _read(detail: Mapping[str, Any]) -> Ask:
         subject=detail["subject"],
         rollout_id=rollout_id,
         evidence_sha256=evidence_sha256,
+        state=str(task.get("state") or ""),
         assigned=tuple(assigned["id"] for assigned in detail.get("assigned_users") or []),
         asked_at=datetime.fromisoformat(detail["created_at"]),
         answered_by=str(user.get("id") or ""),

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 _MARKS = re.compile(r"^Rollout `([^`\n]+)` · evidence `([0-9a-f]{64})`$", re.MULTILINE)
+NO_FORECAST = "no forecast could be made"
+FIRST_RELEASE = "nothing: there is no champion to compare it with, so it takes all requests once it is ready"
 _MOST_CARD_CHARACTERS = 30_000
 _NUMBERS = (  # in metrics.json: of a model, of the difference, a person's word, whether more is better
     ("accuracy", "accuracy_difference", "accuracy", True),
@@ -74,7 +76,7 @@ def render_page(facts: PageFacts) -> str:
         "",
         "**What the rollout will need**",
         "",
-        *([f"- {sentence}" for sentence in facts.forecast] or ["- no forecast could be made"]),
+        *(f"- {sentence}" for sentence in facts.forecast or [NO_FORECAST if facts.champion else FIRST_RELEASE]),
         "",
         f"Asked for by {facts.requested_by or 'nobody by name'}. {facts.rule} To reject, say why in the comment.",
         "",
@@ -95,26 +97,39 @@ def read_marks(body: str) -> tuple[str, str]:
     return found[0] if len(found) == 1 else ("", "")
 
 
-def _numbers(facts: PageFacts) -> list[str]:
-    """Three numbers beside the champion's, measured on the same images."""
-    overall, reference = facts.metrics["overall"], facts.metrics["reference"]
-    beside = f"v{reference['version']}" if reference.get("version") else "champion"
-    lines = [
-        f"| {facts.metrics['images']:,} test images | v{facts.version} | {beside} | difference |",
-        "|---|---|---|---|",
-    ]
+def compare_numbers(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Three numbers beside the champion's, measured on the same images.
+
+    Args:
+        metrics: tree of `evaluation/metrics.json`.
+
+    Returns:
+        Name, the model's value, the champion's, and the difference in words.
+    """
+    overall, reference = metrics["overall"], metrics["reference"]
+    rows = []
     for name, difference, word, more_is_better in _NUMBERS:
         mine, theirs, paired = overall.get(name), reference.get("reference", {}).get(name), reference.get(difference)
         if mine is None:
             continue
-        text = f"{theirs['value']:.3f}" if theirs else "none yet"
         change = "none yet"
         if paired:
             better = (paired["value"] > 0) == more_is_better
-            word_of_change = "the same" if paired["value"] == 0 else "better" if better else "worse"
-            change = f"{paired['value']:+.3f} [{paired['low']:+.3f}, {paired['high']:+.3f}], {word_of_change}"
-        lines.append(f"| {word} | {mine['value']:.3f} [{mine['low']:.3f}, {mine['high']:.3f}] | {text} | {change} |")
-    return lines
+            which = "the same" if paired["value"] == 0 else "better" if better else "worse"
+            change = f"{paired['value']:+.3f} [{paired['low']:+.3f}, {paired['high']:+.3f}], {which}"
+        value = f"{mine['value']:.3f} [{mine['low']:.3f}, {mine['high']:.3f}]"
+        rows.append((word, value, f"{theirs['value']:.3f}" if theirs else "none yet", change))
+    return rows
+
+
+def _numbers(facts: PageFacts) -> list[str]:
+    version = facts.metrics["reference"].get("version")
+    beside = f"v{version}" if version else "champion"
+    return [
+        f"| {facts.metrics['images']:,} test images | v{facts.version} | {beside} | difference |",
+        "|---|---|---|---|",
+        *(f"| {' | '.join(row)} |" for row in compare_numbers(facts.metrics)),
+    ]
 
 
 def _cut(card: str) -> str:

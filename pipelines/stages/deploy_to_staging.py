@@ -77,7 +77,15 @@ def run(params: Params, workspace: Workspace) -> DeployToStagingResult:
             way_out=f"{REPORT} of the run has all of them; nothing was left running",
             reports={"Smoke tests": REPORT},
         )
-    record_staged(settings, params.model_name, version, digest, smoke_tests=count, golden_images=len(expected.golden))
+    record_staged(
+        settings,
+        params.model_name,
+        version,
+        digest,
+        run_id=expected.manifest["run_id"],
+        smoke_tests=count,
+        golden_images=len(expected.golden),
+    )
     return DeployToStagingResult(
         summary=f"{passed} of {count} smoke tests",
         reports={"Smoke tests": REPORT},

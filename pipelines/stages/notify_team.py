@@ -1,4 +1,4 @@
-"""Tell the team which version was registered, how good it is, and where its model card is."""
+"""Tell the team which version waits for an approval, how good it is, where its model card is, and where to answer."""
 
 from __future__ import annotations
 
@@ -28,10 +28,23 @@ def run(params: Params, workspace: Workspace) -> NotifyTeamResult:
     lines = [
         registration["summary"],
         evaluation["summary"],
+        *_list_numbers(workspace),
         f"model card: {card or workspace.evaluation / 'model_card.html'}",
     ]
+    if settings.airflow_uri:
+        lines.append(f"approve or reject: {settings.airflow_uri}/required_actions?response_received=false")
     delivered = send_notice(f"{params.model_name}: version {registration['version']} is a candidate", "\n".join(lines))
     return NotifyTeamResult(summary=_summarise(delivered, logged=not settings.notice_urls), delivered=delivered)
+
+
+def _list_numbers(workspace: Workspace) -> list[str]:
+    """Three numbers against the champion, where there is one."""
+    from pipelines.release.approval_page import compare_numbers
+
+    metrics = json.loads((workspace.evaluation / "metrics.json").read_text(encoding="utf-8"))
+    if metrics["reference"]["kind"] != "champion":
+        return []
+    return [f"{word} {mine}, champion {theirs}: {change}" for word, mine, theirs, change in compare_numbers(metrics)]
 
 
 def _summarise(delivered: bool, *, logged: bool) -> str:

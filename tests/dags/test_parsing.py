@@ -24,6 +24,7 @@ def refuse(*args, **kwargs):
     raise AssertionError(f"a connection was opened at parse time: {args}")
 socket.socket.connect = refuse
 
+from airflow.providers.standard.operators.hitl import ApprovalOperator
 import sqlalchemy.engine
 sqlalchemy.engine.Engine.connect = refuse
 
@@ -42,6 +43,16 @@ for name in sys.argv[1:]:
         "notices": [bool(task.on_failure_callback) for task in dag.tasks],
         "form": {name: dag.params.get_param(name).schema for name in dag.params},
         "defaults": dag.params.dump(),
+        "assets": [asset.name for asset in dag.schedule] if isinstance(dag.schedule, list) else [],
+        "outlets": {task.task_id: [outlet.name for outlet in task.outlets] for task in dag.tasks if task.outlets},
+        "asks": [
+            {
+                "assigned": [user["id"] for user in task.assigned_users],
+                "defaults": task.defaults,
+                "comment": task.params.get_param("comment").schema["type"],
+            }
+            for task in dag.tasks if isinstance(task, ApprovalOperator)
+        ],
     }
 print(json.dumps({
     "dags": dags,
@@ -56,6 +67,7 @@ def parsed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     names = sorted(file.stem for file in (PROJECT / "dags").glob("*.py") if file.stem != "__init__")
     environment = {**os.environ, "AIRFLOW_HOME": str(tmp_path_factory.mktemp("airflow")), "PYTHONPATH": str(PROJECT)}
     environment["AIRFLOW__CORE__LOAD_EXAMPLES"] = "False"
+    environment["PERCH_APPROVERS"] = "anna bert"
     completed = subprocess.run(
         [sys.executable, "-c", PARSE, *names], env=environment, capture_output=True, text=True, cwd=PROJECT, check=False
     )
@@ -115,3 +127,25 @@ def test_form__parsed__has_the_defaults_of_params_yaml_and_the_limits_of_the_mod
     assert (form["epochs"]["minimum"], form["epochs"]["maximum"]) == (1, 1000)
     assert form["learning_rate"]["exclusiveMinimum"] == 0
     assert form["as_of"]["type"] == ["string", "null"]
+
+
+def test_release_dag__parsed__runs_on_the_candidate_asset_and_asks_before_it_releases(parsed: dict[str, Any]) -> None:
+    dag = parsed["dags"]["model_release"]
+    model = yaml.safe_load((PROJECT / "params.yaml").read_text())["model_name"]
+    assert dag["assets"] == [f"candidate/{model}"]
+    assert parsed["dags"]["ml_training_pipeline"]["outlets"] == {"deploy_to_staging": [f"candidate/{model}"]}
+    assert dag["max_active_runs"] == 1
+    assert dag["tasks"] == {
+        "begin_rollout": [],
+        "request_approval": ["begin_rollout"],
+        "further_approvals": ["begin_rollout"],
+        "request_further_approvals": ["further_approvals", "request_approval"],
+        "roll_out": ["request_further_approvals"],
+    }
+    assert dag["form"]["version"]["type"] == ["null", "integer"]
+
+
+def test_release_dag__its_approval__is_asked_of_named_people_and_is_a_no_by_default(parsed: dict[str, Any]) -> None:
+    for ask in parsed["dags"]["model_release"]["asks"]:
+        assert ask == {"assigned": ["anna", "bert"], "defaults": ["Reject"], "comment": ["null", "string"]}
+    assert len(parsed["dags"]["model_release"]["asks"]) == 1  # the further ones are known only when a run asks

@@ -125,7 +125,7 @@ def test_deploy_to_staging__release_as_evaluated__passes_and_leaves_nothing_but_
     staged = [record for record in ledger.entries() if record.event == "staged"]
     ledger.close()
     assert [json.loads(record.evidence) for record in staged] == [
-        {"release_sha256": result.release_sha256, "smoke_tests": 12, "golden_images": IMAGES}
+        {"run_id": "run-1", "release_sha256": result.release_sha256, "smoke_tests": 12, "golden_images": IMAGES}
     ]
     assert not services_of(settings)
 

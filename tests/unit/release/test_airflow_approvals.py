@@ -21,7 +21,12 @@ ASKED = "2026-11-21T09:00:00.123456Z"
 def detail(number: int = 1, *, answered: bool = True, **changes: Any) -> dict[str, Any]:
     """What Airflow 3.3 gives for one request."""
     found = {
-        "task_instance": {"dag_run_id": f"asset__{number}", "task_id": "request_approval", "map_index": -1},
+        "task_instance": {
+            "dag_run_id": f"asset__{number}",
+            "task_id": "request_approval",
+            "map_index": -1,
+            "state": "awaiting_input",
+        },
         "subject": "Release digits v2?",
         "body": f"**digits v2**\n\nRollout `{ROLLOUT}` · evidence `{EVIDENCE}`\n\n---\n\n# Card",
         "assigned_users": [{"id": "anna", "name": "anna"}],
@@ -110,10 +115,11 @@ def test_responses__no_such_dag_yet__are_none(request_: ApprovalRequest) -> None
     assert AirflowApprovals(Airflow(status=404)).responses(request_) == []
 
 
-def test_open_asks__of_a_version__leave_out_those_of_versions_that_begin_alike() -> None:
+def test_open_asks__of_a_version__leave_out_other_versions_and_tasks_that_were_ended() -> None:
     asks = AirflowApprovals(
         Airflow(
             detail(1, answered=False),
+            detail(3, answered=False, task_instance={"state": "success"}),  # marked green by hand
             detail(2, answered=False, body=f"Rollout `digits:21:9b1e00000000:4` · evidence `{EVIDENCE}`"),
         )
     ).open_asks("digits", "2")

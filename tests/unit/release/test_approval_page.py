@@ -53,9 +53,10 @@ def test_page__against_a_champion__shows_three_numbers_and_which_way_they_went(f
 
 
 def test_page__first_release__says_that_there_is_nothing_to_compare_with(facts: PageFacts) -> None:
-    first = replace(facts, champion="", metrics={**facts.metrics, "reference": {"version": None}})
+    first = replace(facts, champion="", forecast=[], metrics={**facts.metrics, "reference": {"version": None}})
     assert "as its first release?" in render_subject(first)
     assert "| accuracy | 0.963 [0.926, 0.985] | none yet | none yet |" in render_page(first)
+    assert "- nothing: there is no champion to compare it with" in render_page(first)
 
 
 def test_marks__of_a_rendered_page__are_its_rollout_and_evidence(facts: PageFacts) -> None:

@@ -1,0 +1,154 @@
+"""The tasks around a rollout: begin it, ask people, move it.  The engine decides; the tasks only call it and wait."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from airflow.providers.standard.hooks.subprocess import SubprocessHook
+from airflow.providers.standard.operators.hitl import ApprovalOperator
+from airflow.sdk import BaseOperator, BaseSensorOperator, Param, PokeReturnValue, task
+from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
+
+from dags.dag_support.perch_command import run_perch
+from pipelines.errors import EXIT_TRY_LATER
+from pipelines.notices import send_notice
+
+if TYPE_CHECKING:
+    from airflow.sdk import Context
+
+    from pipelines.params import ModelReleaseParams
+
+BEGIN = "begin_rollout"
+# With an empty string as its default, Airflow would grey both buttons out.
+COMMENT = {"comment": Param(None, type=["null", "string"], title="Comment", description="Needed to reject.")}
+_LONGEST_PAUSE_S = 30.0
+_LONGEST_ROLLOUT = timedelta(days=30)  # a freeze may hold one up; its own limits end it long before
+
+
+class BeginRolloutOperator(BaseOperator):
+    """Begins the rollout of the candidate that the asset's event names, or of the version in the form.
+
+    Returns what approvers are asked: `rollout_id`, `subject`, `body`, `deadline`, and of how many `approvals`.
+    """
+
+    ui_color = "#e8f1f8"
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(task_id=BEGIN, **kwargs)
+        self.hook: SubprocessHook | None = None
+
+    def execute(self, context: Context) -> dict[str, Any]:
+        """Begin it, or find the one that is under way."""
+        run, version = context["dag_run"], context["params"].get("version")
+        candidate = {"version": version} if version else latest_candidate(context["triggering_asset_events"])
+        # Without either, the engine takes the last version that passed in staging.
+        words = [str(candidate["version"])] if candidate else []
+        by = candidate.get("requested_by") or getattr(run, "triggering_user_name", None) or run.run_type
+        self.hook = SubprocessHook()
+        outcome = run_perch(self.hook, "releases", "begin", *words, "--by", by, "--json")
+        outcome.raise_for_exit("perch releases begin")
+        return outcome.result
+
+    def on_kill(self) -> None:
+        """End the command."""
+        if self.hook is not None:
+            self.hook.send_sigterm()
+
+
+@task(task_id="further_approvals")
+def name_further_approvals(asked: dict[str, Any]) -> list[str]:
+    """A headline for each person beyond the first that the policy wants."""
+    return [f"{asked['subject']} ({number} of {asked['approvals']})" for number in range(2, asked["approvals"] + 1)]
+
+
+def latest_candidate(events: Any) -> dict[str, Any]:
+    """The extra of the newest event; several wait where a release took longer than a training."""
+    extras = [event.extra for asset in events for event in events[asset] if event.extra]
+    return max(extras, key=lambda extra: int(extra["version"]), default={})
+
+
+class ReleaseApprovalOperator(ApprovalOperator):
+    """Airflow's approval, whose time to answer ends when the policy says; then the answer is no."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(
+            body="{{ ti.xcom_pull(task_ids='" + BEGIN + "')['body'] }}",
+            defaults=self.REJECT,
+            # A rejection must not skip what records it.
+            ignore_downstream_trigger_rules=False,
+            response_timeout=_LONGEST_ROLLOUT,
+            **kwargs,
+        )
+
+    def execute(self, context: Context) -> None:
+        """Ask, until the deadline."""
+        asked = context["ti"].xcom_pull(task_ids=BEGIN)
+        left = datetime.fromisoformat(asked["deadline"]) - datetime.now(UTC)
+        self.response_timeout = max(left, timedelta(seconds=1))
+        super().execute(context)
+
+
+class RolloutSensor(BaseSensorOperator):
+    """Calls the engine until the rollout has ended, and holds no worker in between.
+
+    Args:
+        release: the section `model_release` of params.yaml.
+    """
+
+    ui_color = "#e8f1f8"
+
+    def __init__(self, *, release: ModelReleaseParams, **kwargs: Any) -> None:
+        super().__init__(
+            mode="reschedule",
+            poke_interval=pause_s(release),
+            timeout=_LONGEST_ROLLOUT.total_seconds(),
+            **kwargs,
+        )
+        self.hook: SubprocessHook | None = None
+
+    def poke(self, context: Context) -> PokeReturnValue:
+        """Have the engine look once.
+
+        Raises:
+            AirflowSkipException: the release was rejected; nothing went live.
+            AirflowFailException: it was rolled back, or the answer does not count and nobody is asked any more.
+        """
+        rollout_id = context["ti"].xcom_pull(task_ids=BEGIN)["rollout_id"]
+        self.hook = SubprocessHook()
+        outcome = run_perch(self.hook, "releases", "advance", rollout_id, "--json")
+        if outcome.exit_code == EXIT_TRY_LATER:
+            return PokeReturnValue(is_done=False)
+        outcome.raise_for_exit("perch releases advance")
+        return self.judge(outcome.result)
+
+    def judge(self, state: dict[str, Any]) -> PokeReturnValue:
+        """What the task makes of what the engine says."""
+        name = f"{state['model']} v{state['version']}"
+        if state["step"] == "promoted" and state["is_finished"]:
+            send_notice(f"{name} is the champion", state["summary"])
+            return PokeReturnValue(is_done=True, xcom_value=state)
+        if state["step"] == "rolled_back":
+            if state["was_released"]:
+                raise AirflowFailException(f"{name} was rolled back: {state['reason']}")
+            send_notice(f"{name} is not released", state["reason"])
+            raise AirflowSkipException(f"{name} is not released: {state['reason']}")
+        if state["needs_answer"]:
+            # Every request was answered, or was marked green without an answer: waiting longer would help nobody.
+            raise AirflowFailException(
+                f"{name} is not approved; it waits for {state['waiting_for']}\n"
+                "  what to do: clear request_approval (and begin_rollout, where the evidence changed); it asks again"
+            )
+        return PokeReturnValue(is_done=False)
+
+    def on_kill(self) -> None:
+        """End the command; the engine goes on from there at the next call."""
+        if self.hook is not None:
+            self.hook.send_sigterm()
+
+
+def pause_s(release: ModelReleaseParams) -> float:
+    """Seconds between two calls of the engine: often enough for each of the rollout's own times, at least twice."""
+    return max(
+        2.0, min(_LONGEST_PAUSE_S, release.min_step_s / 5, release.max_blind_s / 3, release.abandoned_after_s / 4)
+    )

@@ -1,0 +1,105 @@
+"""What the tasks of a release make of what the engine says; the engine itself is tried elsewhere."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
+
+from dags.dag_support import rollout_tasks
+from dags.dag_support.candidates import describe_candidate
+from dags.dag_support.rollout_tasks import RolloutSensor, latest_candidate, pause_s
+from pipelines.params import ModelReleaseParams
+from pipelines.release.history import as_result
+from pipelines.release.rollout_state import Passage, RolloutState
+from pipelines.release.steps import PENDING, PROMOTED, ROLLED_BACK, Phase, Plan, Step
+from pipelines.release.targets import ReleaseRef
+
+CANARY = Step(Phase.CANARY, 10)
+
+
+@pytest.fixture
+def notices(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    sent: list[str] = []
+    monkeypatch.setattr(rollout_tasks, "send_notice", lambda title, body: sent.append(f"{title}: {body}"))
+    return sent
+
+
+@pytest.fixture
+def sensor() -> RolloutSensor:
+    return RolloutSensor(task_id="roll_out", release=ModelReleaseParams())
+
+
+def state(step: Step, *passed: Step, **changes: Any) -> dict[str, Any]:
+    """What `perch releases advance --json` prints of a rollout in this step."""
+    passages = tuple(Passage(each.name, number * 60.0) for number, each in enumerate((PENDING, *passed, step)))
+    return as_result(
+        RolloutState(
+            rollout_id="digits:2:9b1e:1",
+            release=ReleaseRef("digits", "2", "9b1e", "/releases/9b1e.bento"),
+            champion=ReleaseRef("digits", "1", "77ab", "/releases/77ab.bento"),
+            plan=Plan(ModelReleaseParams()),
+            requested_by="somebody",
+            requested_at=0.0,
+            evidence_sha256="5d0f",
+            step=step,
+            passages=passages,
+            **changes,
+        )
+    )
+
+
+def test_rollout__promoted_and_settled__ends_and_tells_the_team(sensor: RolloutSensor, notices: list[str]) -> None:
+    outcome = sensor.judge(state(PROMOTED, CANARY))
+    assert outcome.is_done
+    assert len(notices) == 1
+    assert notices[0].startswith("digits v2 is the champion: ")
+
+
+def test_rollout__promoted_but_effects_not_all_there__goes_on(sensor: RolloutSensor, notices: list[str]) -> None:
+    assert not sensor.judge(state(PROMOTED, CANARY, settled=False)).is_done
+    assert notices == []
+
+
+def test_rollout__in_a_step__goes_on(sensor: RolloutSensor) -> None:
+    assert not sensor.judge(state(CANARY)).is_done
+
+
+def test_rollout__taken_back_by_a_gate__fails_for_good_with_the_reason(sensor: RolloutSensor) -> None:
+    with pytest.raises(AirflowFailException, match="digits v2 was rolled back: errors"):
+        sensor.judge(state(ROLLED_BACK, CANARY, reason="errors 2 %"))
+
+
+def test_rollout__rejected__is_skipped_and_tells_the_team(sensor: RolloutSensor, notices: list[str]) -> None:
+    with pytest.raises(AirflowSkipException, match="not released: rejected by anna: wrong on 7"):
+        sensor.judge(state(ROLLED_BACK, reason="rejected by anna: wrong on 7"))
+    assert notices == ["digits v2 is not released: rejected by anna: wrong on 7"]
+
+
+def test_rollout__pending_without_an_answer_that_counts__fails_and_says_how_to_ask_again(sensor: RolloutSensor) -> None:
+    with pytest.raises(AirflowFailException, match=r"1 approval by bert(.|\n)*clear request_approval"):
+        sensor.judge(state(PENDING, waiting_for="1 approval by bert", needs_answer=True))
+
+
+def test_rollout__approved_in_a_freeze__waits(sensor: RolloutSensor) -> None:
+    frozen = state(PENDING, waiting_for="approved, but the freeze 'year end' holds", needs_answer=False)
+    assert not sensor.judge(frozen).is_done
+
+
+def test_latest_candidate__several_events__is_that_of_the_highest_version() -> None:
+    result = {"model": "digits", "release_sha256": "9b1e", "evidence_sha256": "5d0f"}
+    events = [
+        SimpleNamespace(extra=describe_candidate({**result, "version": version}, run_id="r", requested_by="somebody"))
+        for version in ("9", "10", "8")
+    ]
+    assert latest_candidate({"asset": [*events, SimpleNamespace(extra={})]})["version"] == "10"
+    assert latest_candidate({}) == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"), [({}, 10.0), ({"min_step_s": 5.0, "max_step_s": 60}, 2.0), ({"max_blind_s": 600}, 30.0)]
+)
+def test_pause__of_a_plan__is_short_beside_each_of_its_times(changes: dict[str, Any], expected: float) -> None:
+    assert pause_s(ModelReleaseParams(**changes)) == expected
