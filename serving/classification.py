@@ -30,6 +30,7 @@ from pipelines.core.image_decoding import (
     to_model_input,
 )
 from pipelines.core.jpeg_markers import MalformedJpegError, read_jpeg_markers
+from serving.batching import ObserveCall, TurnBatcher
 from serving.predictor import Predictor, Probabilities
 from serving.problems import (
     BAD_REQUEST,
@@ -44,6 +45,8 @@ from serving.problems import (
 
 T = TypeVar("T")
 
+_LONGEST_CALL_S = 0.005  # of the model in the event loop; others wait for it
+_LARGEST_BATCH = 32
 QUICK_MODEL_S = 0.002  # a model that answers sooner is asked in the event loop
 _QUICK_BYTES, _QUICK_PIXELS = 2**14, 2**18  # decoded in about 2 ms, and in a few where the bytes are hostile
 _INFLATED_PNG_CHUNK = re.compile(rb"iCCP|zTXt|iTXt")  # whose size says nothing of what they become
@@ -76,7 +79,8 @@ class Classification:
         probabilities: one per label, in the order of the contract.
         begun: `time.perf_counter()` when its turn came.
         decode_s: seconds that its decoding took.
-        model_s: seconds in the model.
+        model_began: `time.perf_counter()` when the model was asked.
+        model_s: seconds that the model took, for all the images that it was asked about at once.
     """
 
     image: DecodedImage
@@ -84,6 +88,7 @@ class Classification:
     probabilities: list[float]
     begun: float
     decode_s: float
+    model_began: float
     model_s: float
 
 
@@ -97,6 +102,7 @@ class Classifier:
         max_bytes: of one encoded image.
         timeout_s: seconds after which an answer comes too late.
         threads: for what is not quick.
+        observe: told of each call of the model.
 
     Attributes:
         predictor: the model.
@@ -104,13 +110,24 @@ class Classifier:
     """
 
     def __init__(
-        self, predictor: Predictor, *, model_s: float, max_pixels: int, max_bytes: int, timeout_s: float, threads: int
+        self,
+        predictor: Predictor,
+        *,
+        model_s: float,
+        max_pixels: int,
+        max_bytes: int,
+        timeout_s: float,
+        threads: int,
+        observe: ObserveCall,
     ) -> None:
         self.predictor = predictor
         self.contract = predictor.contract.input
         self._floor_px = decoding_floor_px(self.contract)
         self._max_pixels, self._max_bytes, self._timeout_s = max_pixels, max_bytes, timeout_s
         self._model_is_quick = model_s <= QUICK_MODEL_S
+        self._observe = observe
+        max_images = max(1, int(_LONGEST_CALL_S / max(model_s, 1e-6)))
+        self._batcher = TurnBatcher(predictor.predict, max_images=min(max_images, _LARGEST_BATCH), observe=observe)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="classify")
 
     async def classify(self, data: bytes) -> Classification:
@@ -119,9 +136,14 @@ class Classifier:
         Raises:
             Problem: the bytes are no image that may be used, or the answer would come too late.
         """
-        if self._model_is_quick and _decodes_quickly(data):
-            return self._classify(data)
-        return await self.run(partial(self._classify, data))
+        if not (self._model_is_quick and _decodes_quickly(data)):
+            return await self.run(partial(self._classify, data, time.perf_counter()))
+        begun = time.perf_counter()
+        image = self.decode(data)
+        array = self.shape(image)
+        decode_s = time.perf_counter() - begun
+        row, model_began, model_s = await self._batcher.predict(array)
+        return Classification(image, row.index(max(row)), row, begun, decode_s, model_began, model_s)
 
     async def classify_many(self, items: Sequence[bytes]) -> list[Classification | Problem]:
         """Classify several, each for itself: one that fails does not touch the others.
@@ -134,7 +156,9 @@ class Classifier:
         # In slices, so that a large batch takes turns with the requests of others.
         for start in range(0, len(items), _MANY_IMAGES_AT_ONCE):
             piece = items[start : start + _MANY_IMAGES_AT_ONCE]
-            answers += await self.run(partial(self._classify_each, piece), until - time.monotonic())
+            answers += await self.run(
+                partial(self._classify_each, piece, time.perf_counter()), until - time.monotonic()
+            )
         return answers
 
     async def run(self, work: Callable[[], T], timeout_s: float | None = None) -> T:
@@ -177,28 +201,29 @@ class Classifier:
         for image_format in ("PNG", "JPEG"):
             stream = io.BytesIO()
             picture.save(stream, image_format)
-            self._classify(stream.getvalue())
+            self._classify(stream.getvalue(), time.perf_counter())
 
     def close(self) -> None:
         """End the threads; what has not begun is dropped."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _classify(self, data: bytes) -> Classification:
+    def _classify(self, data: bytes, submitted: float) -> Classification:
         begun = time.perf_counter()
         image = self.decode(data)
         array = self.shape(image)
         decoded = time.perf_counter()
         probabilities: Probabilities = self.predictor.predict(array[np.newaxis])
         model_s = time.perf_counter() - decoded
+        self._observe(begun - submitted, model_s, 1)
         row: list[float] = probabilities[0].tolist()
-        return Classification(image, row.index(max(row)), row, begun, decoded - begun, model_s)
+        return Classification(image, row.index(max(row)), row, begun, decoded - begun, decoded, model_s)
 
-    def _classify_each(self, items: Sequence[bytes]) -> list[Classification | Problem]:
-        """One by one: on a processor a batch of images costs what its images cost (docs/benchmarks.md)."""
+    def _classify_each(self, items: Sequence[bytes], submitted: float) -> list[Classification | Problem]:
+        """One by one, so that memory holds one decoded image at a time; the model gains little from more at once."""
         answers: list[Classification | Problem] = []
         for data in items:
             try:
-                answers.append(self._classify(data))
+                answers.append(self._classify(data, submitted))
             except Problem as problem:
                 # Without the tracebacks, whose frames hold the image, all the others and, in a circle, this list: the
                 # memory of a batch would be free only when the collector comes by.

@@ -99,9 +99,8 @@ class Endpoints:
         try:
             data = self._only_image(exchange, body)
             with self._admission.work():
-                waiting_since = time.perf_counter()
                 answer = await self._classifier.classify(data)
-                answered = self._keep(exchange, "predict", data, answer, waiting_since)
+                answered = self._keep(exchange, "predict", data, answer)
         finally:
             self._admission.give_bytes(len(body))
         exchange.prediction_id = answered["prediction_id"]
@@ -123,12 +122,11 @@ class Endpoints:
             if len(images) > 1:  # the request itself was charged as one
                 self._rate_limiter.take(exchange.caller, len(images) - 1)
             with self._admission.work():
-                waiting_since = time.perf_counter()
                 answers = await self._classifier.classify_many(images)
                 results = [
                     {"index": index, "problem": answer.as_json()}
                     if isinstance(answer, Problem)
-                    else {"index": index, **self._keep(exchange, "batch", data, answer, waiting_since)}
+                    else {"index": index, **self._keep(exchange, "batch", data, answer)}
                     for index, (data, answer) in enumerate(zip(images, answers, strict=True))
                 ]
         finally:
@@ -225,14 +223,11 @@ class Endpoints:
             raise Problem(INVALID_FIELD, f"The form has {found}; send one, or several to /v1/predict/batch.")
         return images[0]
 
-    def _keep(
-        self, exchange: Exchange, endpoint: str, data: bytes, answer: Classification, waiting_since: float
-    ) -> dict[str, Any]:
+    def _keep(self, exchange: Exchange, endpoint: str, data: bytes, answer: Classification) -> dict[str, Any]:
         """Enter a prediction in the log and the metrics; what the client is told of it."""
         prediction_id = new_prediction_id()
         label = self._labels[answer.label_index]
         confidence = answer.probabilities[answer.label_index]
-        self._metrics.observe_model(answer.begun - waiting_since, answer.model_s, 1)
         self._metrics.observe_prediction(label, confidence)
         _trace_steps(exchange, answer)
         image = answer.image
@@ -262,9 +257,9 @@ class Endpoints:
 def _trace_steps(exchange: Exchange, answer: Classification) -> None:
     """Enter decoding and model in the request's trace; both are over, maybe on another thread."""
     begun_ns = time.time_ns() - int(1e9 * (time.perf_counter() - answer.begun))
-    decoded_ns = begun_ns + int(1e9 * answer.decode_s)
-    exchange.trace.record("decode", begun_ns, decoded_ns)
-    exchange.trace.record("model", decoded_ns, decoded_ns + int(1e9 * answer.model_s))
+    model_ns = begun_ns + int(1e9 * (answer.model_began - answer.begun))
+    exchange.trace.record("decode", begun_ns, begun_ns + int(1e9 * answer.decode_s))
+    exchange.trace.record("model", model_ns, model_ns + int(1e9 * answer.model_s))
 
 
 def _named(parts: Sequence[Part]) -> str:

@@ -21,6 +21,7 @@ import uvicorn.config
 from pipelines.errors import Refusal
 from serving.admission import Admission
 from serving.api import Api
+from serving.arbiter import amend_arbiter
 from serving.authentication import Authenticator
 from serving.classification import Classifier
 from serving.endpoints import Endpoints
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _BENTOML_PATHS = ("/static_content/",)  # of the page that shows the API
+
+
+amend_arbiter()
 
 
 def count_workers(settings: ServingSettings) -> int:
@@ -104,6 +108,7 @@ class PredictionService:
             max_bytes=settings.max_body_bytes,
             timeout_s=settings.request_timeout_s,
             threads=math.ceil(len(os.sched_getaffinity(0)) / count_workers(settings)),
+            observe=self._metrics.observe_model,
         )
         self._classifier.warm_up()
         self._explainer = Explainer(self._classifier, manifest.labels, budget_s=settings.explain_budget_s)

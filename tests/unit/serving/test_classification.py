@@ -36,7 +36,15 @@ def classifier(predictor: Predictor) -> Iterator[Classifier]:
 
 
 def make_classifier(predictor: Predictor, *, model_s: float = 0.0001, timeout_s: float = 5.0) -> Classifier:
-    return Classifier(predictor, model_s=model_s, max_pixels=10_000, max_bytes=50_000, timeout_s=timeout_s, threads=1)
+    return Classifier(
+        predictor,
+        model_s=model_s,
+        max_pixels=10_000,
+        max_bytes=50_000,
+        timeout_s=timeout_s,
+        threads=1,
+        observe=lambda *_: None,
+    )
 
 
 def test_classify__an_image__gives_what_the_model_says_of_the_shared_decoding(
