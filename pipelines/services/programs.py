@@ -141,6 +141,12 @@ def airflow_programs(settings: Settings, ports: Ports) -> list[Program]:
     ]
 
 
+def watchdog_program(settings: Settings, ports: Ports) -> Program:
+    """The watchdog over releases; it needs neither Airflow nor MLflow to take traffic away."""
+    command = (sys.executable, "-m", "pipelines", "watchdog")
+    return Program("watchdog", command, common_environment(settings, ports))
+
+
 def envoy_program(settings: Settings, ports: Ports) -> Program:
     """Envoy, which takes the clients' requests and divides them among the slots."""
     layout = LocalLayout(settings.home)

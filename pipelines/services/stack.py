@@ -42,6 +42,7 @@ from pipelines.services.programs import (
     mlflow_program,
     slot_programs,
     tool,
+    watchdog_program,
 )
 from pipelines.services.secrets import ensure_demo_key, ensure_passwords
 from pipelines.settings import Settings
@@ -82,7 +83,11 @@ class Stack:
         self.down()
         _refuse_missing_tools()
         ports = ports or choose_ports()
-        programs = [mlflow_program(self.settings, ports), *airflow_programs(self.settings, ports)]
+        programs = [
+            mlflow_program(self.settings, ports),
+            *airflow_programs(self.settings, ports),
+            watchdog_program(self.settings, ports),
+        ]
         self.supervise(programs, ports)
         self.open_to_clients(report)
         mlflow, api, *rest = programs
