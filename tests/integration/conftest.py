@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from pipelines.settings import Settings
 from tests.integration.served_release import Server, stage_release
 
 PROJECT = Path(__file__).parents[2]
+FAST = {"epochs": 6, "as_of": "2026-11-01", "source": "digits"}  # for the training DAG's form
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,40 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
     finally:
         stack.down()
         del os.environ["PERCH_RETRY_DELAY_S"]
+
+
+def wait_for_dag_run(
+    client: AirflowClient, dag_id: str, run_id: str, watch: Callable[[], None] = lambda: None, limit_s: float = 600
+) -> str:
+    """Wait until a DAG run has ended; what it ended as."""
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        state = client.dag_run_state(dag_id, run_id)
+        if state in {"success", "failed"}:
+            return state
+        watch()
+        time.sleep(0.1)
+    pytest.fail(f"run {run_id} of {dag_id} did not end in {limit_s:g} s: {client.tasks(dag_id, run_id)}")
+
+
+def explain_failure(client: AirflowClient, dag_id: str, run_id: str) -> str:
+    """The ends of the logs of the tasks that failed."""
+    return "\n".join(
+        "\n".join([task.task_id, *client.log_tail(dag_id, run_id, task, 25)])
+        for task in client.tasks(dag_id, run_id).values()
+        if task.state == "failed"
+    )
+
+
+@pytest.fixture(scope="session")
+def undisturbed(services: Services) -> str:
+    """The id of a run of the training DAG that nobody disturbed; the candidate that it made calls for an approval."""
+    client, dag_id = services.client(), "ml_training_pipeline"
+    client.wait_for_dag(dag_id)
+    client.wait_for_dag("model_release")  # before there is a candidate that it would miss
+    client.trigger(dag_id, "undisturbed", FAST)
+    assert wait_for_dag_run(client, dag_id, "undisturbed") == "success", explain_failure(client, dag_id, "undisturbed")
+    return "undisturbed"
 
 
 @pytest.fixture(scope="session")

@@ -17,45 +17,19 @@ import pytest
 from pipelines.core.stage_graph import read_stage_graph
 from pipelines.runs.workspaces import find_workspace
 from pipelines.services.airflow_client import AirflowClient
-from tests.integration.conftest import PROJECT, Services
+from tests.integration.conftest import FAST, PROJECT, Services, explain_failure, wait_for_dag_run
 
 DAG = "ml_training_pipeline"
 STEPS = [
     *(node.name for node in read_stage_graph(PROJECT / "dvc.yaml")),
     *("model_registration", "model_packaging", "deploy_to_staging", "notify_team"),
 ]
-FAST = {"epochs": 6, "as_of": "2026-11-01", "source": "digits"}
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(900)]
 
 
 def wait_for_run(client: AirflowClient, run_id: str, watch: Callable[[], None] = lambda: None) -> str:
-    deadline = time.monotonic() + 600
-    while time.monotonic() < deadline:
-        state = client.dag_run_state(DAG, run_id)
-        if state in {"success", "failed"}:
-            return state
-        watch()
-        time.sleep(0.1)
-    pytest.fail(f"run {run_id} did not end in 10 minutes: {client.tasks(DAG, run_id)}")
-
-
-def explain(client: AirflowClient, run_id: str) -> str:
-    return "\n".join(
-        "\n".join([task.task_id, *client.log_tail(DAG, run_id, task, 25)])
-        for task in client.tasks(DAG, run_id).values()
-        if task.state == "failed"
-    )
-
-
-@pytest.fixture(scope="module")
-def undisturbed(services: Services) -> str:
-    """The id of a run that nobody disturbed."""
-    client = services.client()
-    client.wait_for_dag(DAG)
-    client.trigger(DAG, "undisturbed", FAST)
-    assert wait_for_run(client, "undisturbed") == "success", explain(client, "undisturbed")
-    return "undisturbed"
+    return wait_for_dag_run(client, DAG, run_id, watch)
 
 
 def versions(services: Services) -> list[dict[str, Any]]:
@@ -114,7 +88,7 @@ def test_dag_run__every_stage_killed_once__ends_as_if_undisturbed(services: Serv
                 os.kill(process.pid, signal.SIGKILL)
 
     client.trigger(DAG, run_id, FAST)
-    assert wait_for_run(client, run_id, kill_once) == "success", explain(client, run_id)
+    assert wait_for_run(client, run_id, kill_once) == "success", explain_failure(client, DAG, run_id)
     assert {"data_ingestion", "data_validation", "model_training", "model_evaluation"} <= killed.keys()
     tries = {task.task_id: task.try_number for task in client.tasks(DAG, run_id).values()}
     assert all(tries[stage] >= 2 for stage in killed)
