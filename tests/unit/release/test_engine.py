@@ -117,6 +117,15 @@ def test_advance__release_that_turns_bad_at_10_percent__is_rolled_back(
     assert world.events()[-1] == "rolled_back v2"
 
 
+def test_advance__canary_gives_no_metrics__is_rolled_back_long_before_the_step_ends(world: Simulation) -> None:
+    rollout = world.begin()
+    world.answer()
+    advance_to(world, rollout.rollout_id, CANARY_10)
+    world.target.behave(2, is_silent=True)
+    state = world.run(rollout.rollout_id, ticks=7)
+    assert state.reason.startswith("the canary gave no metrics for")
+
+
 def test_advance__release_that_does_not_start__gets_no_traffic(world: Simulation) -> None:
     world.target.behave(2, starts=False)
     rollout = world.begin()

@@ -1,0 +1,126 @@
+"""The gates over windows of slots: the real judgement, from a rollout's state and back into it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from pipelines.core.canary_observations import MirrorWindow
+from pipelines.params import ModelReleaseParams
+from pipelines.release.gates import Gates, forecast, limits_of
+from pipelines.release.rollout_state import RolloutState, from_document
+from pipelines.release.steps import SHADOW, Phase, Plan, Step
+from pipelines.release.targets import SlotCounters
+from pipelines.release.windows import Window, difference
+from tests.unit.release.simulated_release import EPOCH, release
+
+PLAN = Plan(ModelReleaseParams())
+STATE = RolloutState(
+    "m:2:d:1", release(2), release(1), PLAN, "scheduler", EPOCH, "5d" * 32, step=Step(Phase.CANARY, 10)
+)
+
+
+def counters(requests: int, errors: int = 0, slow: int = 0, crashes: int = 0, started_at: float = 1.0) -> SlotCounters:
+    buckets = {0.25: requests - slow, 0.5: requests - slow, math.inf: requests}
+    return SlotCounters(EPOCH, started_at, requests, errors, crashes, buckets, {})
+
+
+def judge(canary: SlotCounters, stable: SlotCounters | None = None, state: RolloutState = STATE) -> tuple[str, str]:
+    reading = Gates(lambda _: None, lambda: EPOCH)(state, Window(canary, stable or counters(9 * canary.requests)))
+    return reading.verdict, reading.reason
+
+
+def test_gates__enough_good_requests__promote() -> None:
+    assert judge(counters(4000))[0] == "promote"
+
+
+@pytest.mark.parametrize(
+    ("canary", "gate"),
+    [(counters(300, errors=10), "errors"), (counters(400, slow=80), "latency"), (counters(10, crashes=1), "crashes")],
+)
+def test_gates__bad_canary_beside_a_good_stable_slot__is_rolled_back_by_its_gate(
+    canary: SlotCounters, gate: str
+) -> None:
+    verdict, reason = judge(canary)
+    assert verdict == "roll back"
+    assert reason.startswith(gate)
+
+
+def test_gates__both_slots_as_bad__blame_nobody() -> None:
+    assert judge(counters(300, errors=10), counters(2700, errors=90))[0] == "need more data"
+
+
+def test_gates__no_requests__need_more_data() -> None:
+    assert judge(counters(0))[0] == "need more data"
+
+
+def test_gates__stable_slot_gives_no_numbers__never_promote() -> None:
+    reading = Gates(None, lambda: EPOCH)(STATE, Window(counters(4000), None))
+    assert reading.verdict == "need more data"
+    assert "stable" in reading.reason
+
+
+def test_gates__old_numbers__never_promote() -> None:
+    reading = Gates(None, lambda: EPOCH + 60)(STATE, Window(counters(4000), counters(36_000)))
+    assert reading.verdict == "need more data"
+
+
+def test_gates__everything_on_the_canary__needs_no_stable_slot() -> None:
+    state = replace(STATE, step=Step(Phase.CANARY, 100))
+    assert Gates(None, lambda: EPOCH)(state, Window(counters(4000), None)).verdict == "promote"
+
+
+def test_gates__shadow_with_swapped_labels__is_rolled_back_whatever_its_latency() -> None:
+    pairs = {("7", "1"): 60, ("1", "7"): 60, ("3", "3"): 80}
+    mirror = MirrorWindow(["1", "3", "7"], pairs, 110.0)
+    reading = Gates(lambda _: mirror, lambda: EPOCH)(replace(STATE, step=SHADOW), Window(counters(200), counters(200)))
+    assert reading.verdict == "roll back"
+    assert "agreement" in reading.reason
+
+
+def test_gates__shadow_without_a_source_of_copies__never_promotes() -> None:
+    reading = Gates(None, lambda: EPOCH)(replace(STATE, step=SHADOW), Window(counters(4000), counters(4000)))
+    assert reading.verdict == "need more data"
+
+
+def test_gates__what_a_judgement_remembers__comes_back_through_the_database() -> None:
+    window = Window(counters(15_000), counters(135_000))
+    reading = Gates(None, lambda: EPOCH)(STATE, window)
+    state = from_document(replace(STATE, reading=reading).to_document())
+    assert state.reading == reading
+    late = Window(counters(15_200, errors=10), counters(136_800))
+    assert Gates(None, lambda: EPOCH)(state, late).verdict == "roll back", "bad after a long healthy time"
+    assert Gates(None, lambda: EPOCH)(STATE, late).verdict != "roll back", "not bad on the whole"
+
+
+def test_limits__of_the_defaults__are_what_the_user_wrote() -> None:
+    limits = limits_of(ModelReleaseParams())
+    assert (limits.max_error_rate, limits.max_latency_s, limits.max_crashes) == (0.001, 0.5, 0)
+    assert ModelReleaseParams().min_step_s == 600
+
+
+def test_forecast__without_traffic__names_the_requests_and_no_minutes() -> None:
+    steps = forecast(PLAN, requests_per_s=0.0, is_first=False)
+    assert [step.step for step in steps] == ["shadow", "canary@10", "canary@50", "canary@100"]
+    assert all(step.requests and step.minutes is None for step in steps)
+    assert forecast(PLAN, requests_per_s=0.0, is_first=True) == ()
+
+
+# Windows
+
+
+def test_difference__same_service__is_what_came_in_between() -> None:
+    found = difference(counters(500, errors=7, slow=9), counters(200, errors=3, slow=4), restart_is_crash=True)
+    assert (found.requests, found.errors, found.crashes) == (300, 4, 0)
+    assert found.latency_buckets == {0.25: 295, 0.5: 295, math.inf: 300}
+
+
+@pytest.mark.parametrize(("is_canary", "crashes"), [(True, 1), (False, 0)])
+def test_difference__service_was_started_anew__counts_from_zero_and_as_a_crash_of_a_canary(
+    is_canary: bool, crashes: int
+) -> None:
+    now, then = counters(30, started_at=9.0), counters(200)
+    found = difference(now, then, restart_is_crash=is_canary)
+    assert (found.requests, found.crashes) == (30, crashes)
