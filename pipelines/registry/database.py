@@ -18,7 +18,7 @@ class Database:
 
     Args:
         url: SQLAlchemy's.
-        wait_s: how long SQLite waits for another writer.
+        wait_s: how long SQLite waits for another writer, and PostgreSQL for a connection, at least 2 s.
 
     Raises:
         Refusal: the URL names another kind of database than SQLite or PostgreSQL.
@@ -56,7 +56,8 @@ def _create_engine(url: str, kind: str, wait_s: float) -> Engine:
 
     # One connection per call: a process appends a row or two in its life, and a fork must not inherit connections.
     if kind != "sqlite":
-        return create_engine(url, poolclass=NullPool)
+        # A host that is gone answers nothing at all, and the driver would wait for minutes.
+        return create_engine(url, poolclass=NullPool, connect_args={"connect_timeout": max(2, round(wait_s))})
     engine = create_engine(url, poolclass=NullPool, connect_args={"timeout": wait_s})
 
     @event.listens_for(engine, "connect")

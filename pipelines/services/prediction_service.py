@@ -7,6 +7,7 @@ import os
 import sys
 from dataclasses import dataclass
 
+from pipelines.core.champions import champions_by_ledger
 from pipelines.errors import Refusal
 from pipelines.registry.ledger import Ledger
 from pipelines.release.artifact_store import open_store
@@ -30,7 +31,9 @@ class PackagedVersion:
 
 
 def find_packaged_version(settings: Settings, model: str, version: int | None = None) -> PackagedVersion | None:
-    """The version to serve, by the ledger: the one asked for, else the last promoted, else the last packaged.
+    """The version to serve, by the ledger: the one asked for, else the champion, else the last packaged.
+
+    A champion is served by the very release that was promoted, though it may have been packaged again since.
 
     Returns:
         None where there is none.
@@ -49,8 +52,12 @@ def find_packaged_version(settings: Settings, model: str, version: int | None = 
         if entry.event == "packaged"
     }
     if version is None:
-        promoted = [int(entry.version) for entry in entries if entry.event == "promoted"]
-        version = promoted[-1] if promoted else max(digests, default=None)
+        champion = champions_by_ledger(entries, model).champion
+        version = int(champion) if champion else max(digests, default=None)
+        for entry in entries:
+            if entry.event == "promoted" and entry.version == champion:
+                released = json.loads(entry.evidence).get("release_sha256")
+                digests |= {int(champion): released} if released else {}
     if version is None or version not in digests:
         return None
     return PackagedVersion(model, version, digests[version])

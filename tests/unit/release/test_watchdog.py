@@ -151,6 +151,16 @@ def test_check__traffic_to_the_previous_after_a_promotion_by_hand__is_completed_
     scene.check_back_on(1)
 
 
+def test_check__rollback_of_a_promotion_is_under_way__leaves_its_maker_time_to_say_why(scene: Scene) -> None:
+    scene.go_to(PROMOTED)
+    scene.watchdog.check()
+    with pytest.raises(Killed):
+        roll_back(scene.world(Fuse(at=2)), MODEL, reason="wrong on 8", by="on-call")  # routed, and no further yet
+    assert scene.watchdog.check() == []
+    roll_back(scene.world(), MODEL, reason="wrong on 8", by="on-call")
+    assert scene.now.reason == "wrong on 8"
+
+
 def test_check__canary_gets_traffic_after_a_rollback__loses_it(scene: Scene) -> None:
     scene.target.behave(2, error_rate=0.5)
     scene.pass_time()

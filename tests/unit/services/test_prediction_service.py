@@ -46,6 +46,22 @@ def test_find_packaged_version__after_a_promotion__is_the_champion(registry_sett
     assert found.version == 1
 
 
+def test_find_packaged_version__promoted_then_rolled_back__is_the_one_before_by_its_own_release(
+    registry_settings: Settings, ledger: Ledger
+) -> None:
+    def happen(event: Event, version: int, **evidence: str | None) -> None:
+        ledger.append(event, model=MODEL, version=str(version), evidence=evidence, key=f"{event}:{version}:{evidence}")
+
+    for version, digest in ((1, "a" * 64), (2, "b" * 64)):
+        happen("packaged", version, release_sha256=digest)
+        happen("promoted", version, release_sha256=digest, champion=str(version), previous=None)
+    happen("packaged", 1, release_sha256="c" * 64)
+    happen("rolled_back", 2, champion="1", previous=None)
+    found = find_packaged_version(registry_settings, MODEL)
+    assert found is not None
+    assert (found.version, found.digest) == (1, "a" * 64)
+
+
 def test_require_packaged_version__version_without_a_release__names_the_command(
     registry_settings: Settings, ledger: Ledger
 ) -> None:
