@@ -115,7 +115,8 @@ def compare_numbers(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str
         change = "none yet"
         if paired:
             better = (paired["value"] > 0) == more_is_better
-            which = "the same" if paired["value"] == 0 else "better" if better else "worse"
+            unclear = paired["low"] <= 0 <= paired["high"]
+            which = "no clear difference" if unclear else "better" if better else "worse"
             change = f"{paired['value']:+.3f} [{paired['low']:+.3f}, {paired['high']:+.3f}], {which}"
         value = f"{mine['value']:.3f} [{mine['low']:.3f}, {mine['high']:.3f}]"
         rows.append((word, value, f"{theirs['value']:.3f}" if theirs else "none yet", change))

@@ -28,7 +28,7 @@ def facts() -> PageFacts:
                 "version": "1",
                 "reference": {"accuracy": {"value": 0.95}, "f1": {"value": 0.97}, "log_loss": {"value": 0.15}},
                 "accuracy_difference": {"value": 0.013, "low": -0.002, "high": 0.03},
-                "f1_difference": {"value": -0.007, "low": -0.02, "high": 0.01},
+                "f1_difference": {"value": -0.007, "low": -0.012, "high": -0.002},
                 "log_loss_difference": {"value": -0.04, "low": -0.05, "high": -0.03},
             },
         },
@@ -44,8 +44,8 @@ def test_page__against_a_champion__shows_three_numbers_and_which_way_they_went(f
     assert render_subject(facts) == "Release digits-classification v2 in place of v1? Accuracy 0.963"
     assert page.startswith("**digits-classification v2 passed 9 of 9 checks.** In staging it passed 12 of 12")
     assert "| 1,342 test images | v2 | v1 | difference |" in page
-    assert "| accuracy | 0.963 [0.926, 0.985] | 0.950 | +0.013 [-0.002, +0.030], better |" in page
-    assert "| F1 | 0.963 [0.926, 0.985] | 0.970 | -0.007 [-0.020, +0.010], worse |" in page
+    assert "| accuracy | 0.963 [0.926, 0.985] | 0.950 | +0.013 [-0.002, +0.030], no clear difference |" in page
+    assert "| F1 | 0.963 [0.926, 0.985] | 0.970 | -0.007 [-0.012, -0.002], worse |" in page
     assert "| log loss | 0.110 [0.100, 0.120] | 0.150 | -0.040 [-0.050, -0.030], better |" in page
     assert "- canary@10: about 2,075 requests, 12 minutes" in page
     assert "[Model card with pictures](https://mlflow.example.org/card)" in page
