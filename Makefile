@@ -13,7 +13,7 @@ env: $(VENV)/.installed ## Make the environment from the lock file
 $(VENV)/.installed: requirements.lock pyproject.toml scripts/make-environment.sh
 	@bash scripts/make-environment.sh $(VENV)
 
-demo: env ## Train digits for two weeks in a real Airflow, into a real MLflow (DEMO_EXIT=1 ends at once)
+demo: env ## Train digits for two weeks in a real Airflow and release both models (DEMO_EXIT=1 ends at once)
 	@$(BIN)/perch demo
 
 up: env ## Start MLflow and Airflow

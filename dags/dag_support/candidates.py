@@ -17,13 +17,16 @@ def candidate_asset() -> Asset:
     return Asset(name=f"candidate/{model}", uri=f"perch://candidate/{model}")
 
 
-def describe_candidate(result: Mapping[str, Any], *, run_id: str, requested_by: str) -> dict[str, Any]:
+def describe_candidate(
+    result: Mapping[str, Any], *, run_id: str, requested_by: str, limits: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """What travels with the asset's event.
 
     Args:
         result: of the stage `deploy_to_staging`.
         run_id: of the Perch run.
         requested_by: who asked for it.
+        limits: of its release that differ from `params.yaml`, as dotted keys.
     """
     return {
         "model": result["model"],
@@ -32,4 +35,5 @@ def describe_candidate(result: Mapping[str, Any], *, run_id: str, requested_by: 
         "evidence_sha256": result["evidence_sha256"],
         "run_id": run_id,
         "requested_by": requested_by,
+        "limits": dict(limits or {}),
     }

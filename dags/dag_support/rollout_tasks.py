@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,8 @@ class BeginRolloutOperator(BaseOperator):
         words = [str(candidate["version"])] if candidate else []
         by = candidate.get("requested_by") or getattr(run, "triggering_user_name", None) or run.run_type
         self.hook = SubprocessHook()
-        outcome = run_perch(self.hook, "releases", "begin", *words, "--by", by, "--json")
+        limits = json.dumps(candidate.get("limits") or {})
+        outcome = run_perch(self.hook, "releases", "begin", *words, "--by", by, "--conf", limits, "--json")
         outcome.raise_for_exit("perch releases begin")
         return outcome.result
 

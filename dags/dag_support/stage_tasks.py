@@ -98,7 +98,10 @@ class StageOperator(BaseOperator):
         outcome.raise_for_exit(self.stage)
         for outlet in self.outlets:
             context["outlet_events"][outlet].extra = describe_candidate(
-                result, run_id=self.run_prefix + run.run_id, requested_by=requested_by
+                result,
+                run_id=self.run_prefix + run.run_id,
+                requested_by=requested_by,
+                limits=(run.conf or {}).get("release"),
             )
         return result
 

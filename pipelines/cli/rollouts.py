@@ -49,19 +49,26 @@ def begin(
     ] = "",
     model: ModelOption = "",
     by: Annotated[str, typer.Option("--by", help="Who asks for the release; by default whoever is logged in.")] = "",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="E.g. model_release.min_step_s=60, for this one; repeatable."),
+    ] = None,
+    conf: Annotated[str, typer.Option("--conf", help="The same as one JSON object of dotted keys.")] = "{}",
     as_json: JsonOption = False,
 ) -> None:
     """Begin the release of a version that has passed in staging: says what its gates need, and waits for approval."""
     import getpass
 
     from pipelines.cli.models import parse_version
+    from pipelines.cli.stages import parse_overrides
     from pipelines.release.history import as_result
     from pipelines.services.rollouts import begin_release, write_approval_page
     from pipelines.settings import get_settings
 
     settings = get_settings()
     number = parse_version(version) if version else None
-    state = begin_release(settings, number, requested_by=by or getpass.getuser(), model=model)
+    overrides = parse_overrides(set_, conf)
+    state = begin_release(settings, number, requested_by=by or getpass.getuser(), model=model, overrides=overrides)
     typer.echo(f"{state.rollout_id}  asked for by {state.requested_by}, evidence {state.evidence_sha256[:12]}")
     for step in state.forecast.get("steps", []):
         typer.echo(f"  {step['sentence']}")

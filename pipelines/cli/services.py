@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipelines.cli.serve import serve
+
+if TYPE_CHECKING:
+    from pipelines.services.stack import Stack
 
 _PANEL = "Services on this machine"
 
@@ -35,7 +38,19 @@ def up() -> None:
     console.print(
         f"MLflow   {ports.mlflow_uri}\nAirflow  {ports.airflow_uri}  (admin / see {passwords_file(settings)})"
     )
-    console.print(f"Serving  {ports.serving_uri}")
+    console.print(f"Serving  {ports.serving_uri}  {describe_live(stack)}")
+
+
+def describe_live(stack: Stack) -> str:
+    """Which release answers clients, as the target itself says."""
+    from pipelines.errors import TryLater
+    from pipelines.release.targets import Slot
+
+    try:
+        release = stack.target.state().slots.get(Slot.STABLE)
+    except TryLater:
+        return "(Envoy does not answer)"
+    return f"({release.model} v{release.version} is live)" if release else "(nothing was released yet)"
 
 
 def status() -> None:
@@ -58,7 +73,7 @@ def status() -> None:
     console.print(table)
     ports = stack.ports()
     console.print(f"MLflow   {ports.mlflow_uri}\nAirflow  {ports.airflow_uri}")
-    console.print(f"Serving  {ports.serving_uri}")
+    console.print(f"Serving  {ports.serving_uri}  {describe_live(stack)}")
     console.print(f"memory   {stack.memory_bytes() / 1e9:.1f} GB")
     if any(state != "RUNNING" for state in states.values()):
         raise typer.Exit(1)
@@ -79,7 +94,7 @@ def demo(
         typer.Option("--exit", envvar="DEMO_EXIT", help="End at the end, with a status code, instead of staying up."),
     ] = False,
 ) -> None:
-    """Train digits for two consecutive weeks in a real Airflow, into a real MLflow, all on this machine."""
+    """Train digits for two consecutive weeks in a real Airflow and release both models, all on this machine."""
     from pipelines.services.demo import run_demo
     from pipelines.settings import get_settings
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
 import time
 from dataclasses import dataclass, field
 from datetime import date
@@ -17,8 +19,11 @@ from rich.text import Text
 
 from pipelines.core.stage_graph import read_stage_graph
 from pipelines.errors import PerchError
+from pipelines.release.airflow_approvals import DAG_ID as RELEASE_DAG_ID
+from pipelines.release.targets import Slot
 from pipelines.services.airflow_client import AirflowClient, TaskState
-from pipelines.services.programs import Ports
+from pipelines.services.demo_release import APPROVER, LIMITS, follow_release
+from pipelines.services.programs import Ports, common_environment, tool
 from pipelines.services.secrets import ensure_demo_key, ensure_passwords, passwords_file
 from pipelines.services.stack import Stack
 from pipelines.settings import Settings
@@ -27,6 +32,7 @@ DAG_ID = "ml_training_pipeline"
 WEEKS = (date(2026, 11, 1), date(2026, 11, 8))
 _LAST_STEPS = ("model_registration", "model_packaging", "deploy_to_staging", "notify_team")
 _FINISHED = {"success", "failed"}
+_KEPT_LIMIT_S = 60.0
 
 
 @dataclass
@@ -79,7 +85,15 @@ def run_demo(settings: Settings, *, stay: bool) -> None:
         client = AirflowClient(ports.airflow_uri, "admin", passwords["admin"])
         client.wait_for_dag(DAG_ID)
         steps = (*(node.name for node in read_stage_graph(settings.project_dir / "dvc.yaml")), *_LAST_STEPS)
-        weeks = [_run_week(client, console, number, day, steps) for number, day in enumerate(WEEKS, start=1)]
+        approver = AirflowClient(ports.airflow_uri, APPROVER, passwords[APPROVER])
+        client.wait_for_dag(RELEASE_DAG_ID)
+        weeks = []
+        for number, day in enumerate(WEEKS, start=1):
+            week = _run_week(client, console, number, day, steps)
+            version = str(week.results["model_packaging"]["version"])
+            follow_release(settings, console, client, approver, ports.serving_uri, version)
+            console.print()
+            weeks.append(week)
         _print_outcome(console, settings, client, ports, weeks)
         _show_predictions(stack, console, ports)
         if stay:
@@ -109,7 +123,7 @@ def _run_week(client: AirflowClient, console: Console, number: int, day: date, s
     run_id, state = _choose_run(client, day)
     week = WeekView(f"Week {number} · {day}" + (" · done before" if state == "success" else ""), run_id, steps)
     if state is None:
-        client.trigger(DAG_ID, run_id, {"as_of": day.isoformat(), "source": "digits"})
+        client.trigger(DAG_ID, run_id, {"as_of": day.isoformat(), "source": "digits", "release": LIMITS})
     with Live(console=console, refresh_per_second=8, get_renderable=week.render) as live:
         while True:
             state = client.dag_run_state(DAG_ID, run_id)
@@ -181,11 +195,8 @@ def _print_outcome(
 
 
 def _show_predictions(stack: Stack, console: Console, ports: Ports) -> None:
-    """Serve the latest version and ask it about a real digit, as a client would."""
-    with console.status("starting the prediction service"):
-        served = stack.serve(lambda _: None)
-    if served is None:
-        return
+    """Ask the champion about a real digit, as a client would, and show how `perch why` explains the answer."""
+    served = stack.target.state().slots[Slot.STABLE]
     key = ensure_demo_key(stack.settings)
     image = stack.settings.project_dir / "docs" / "seven.png"
     console.print(f"\nServed   {served.model} v{served.version} at {ports.serving_uri}")
@@ -197,6 +208,20 @@ def _show_predictions(stack: Stack, console: Console, ports: Ports) -> None:
     command = f'curl -F image=@{shown} {ports.serving_uri}/v1/predict -H "X-API-Key: {key}"'
     console.print(f"Try it   {command}", soft_wrap=True)
     console.print(f"Ask why  perch why {answer['prediction_id']}")
+    _print_why(stack.settings, console, answer["prediction_id"])
+
+
+def _print_why(settings: Settings, console: Console, prediction_id: str) -> None:
+    """Print `perch why`; an answer is kept some seconds after it was given."""
+    environment = {**os.environ, **common_environment(settings, Stack(settings).ports()), "COLUMNS": "100"}
+    command = [tool("perch"), "why", prediction_id]
+    deadline = time.monotonic() + _KEPT_LIMIT_S
+    while True:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode == 0 or time.monotonic() > deadline:
+            break
+        time.sleep(2)
+    console.print(Text("\n".join(f"  {line}" for line in (done.stdout or done.stderr).splitlines())))
 
 
 def _mark(state: str) -> RenderableType:

@@ -6,17 +6,17 @@ import json
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipelines.core.canary_observations import MirrorWindow
 from pipelines.core.champions import Champions, champions_by_ledger
 from pipelines.core.hash_chain import Record
 from pipelines.core.release_unit import release_name
 from pipelines.errors import Refusal, TryLater
-from pipelines.params import load_params
+from pipelines.params import ModelReleaseParams, check_params, load_params, override
 from pipelines.registry.aliases import RegistryAliases
 from pipelines.registry.ledger import Ledger
 from pipelines.registry.rollout_table import RolloutTable
@@ -96,7 +96,14 @@ def read_evidence_hash(settings: Settings, release: ReleaseRef) -> str:
     return evidence_hash(**read_evidence(settings, release.model, release.version, release.digest))
 
 
-def begin_release(settings: Settings, version: int | None, *, requested_by: str, model: str = "") -> RolloutState:
+def begin_release(
+    settings: Settings,
+    version: int | None,
+    *,
+    requested_by: str,
+    model: str = "",
+    overrides: Mapping[str, Any] | None = None,
+) -> RolloutState:
     """Begin the release of a version that has passed in staging; it waits for its approval then.
 
     Args:
@@ -104,12 +111,17 @@ def begin_release(settings: Settings, version: int | None, *, requested_by: str,
         version: in the registry; None takes the last one that passed.
         requested_by: who asks; for the policy.
         model: by default that of params.yaml.
+        overrides: dotted keys of params.yaml that are otherwise in this release, e.g. `model_release.min_step_s`.
 
     Raises:
         Refusal: it has not passed in staging, or another release is under way, or what serves is not the champion.
         TryLater: the target, MLflow or the database does not answer.
     """
     params = load_params(settings.project_dir / "params.yaml")
+    if foreign := [key for key in overrides or {} if not key.startswith("model_release.")]:
+        raise Refusal(foreign[0], "is no key of a release", limit="model_release.*", way_out="`perch params --schema`")
+    if overrides:
+        params = check_params(override(params.model_dump(mode="json"), overrides), own=overrides)
     model = model or params.model_name
     version = version or _last_staged(settings, model)
     digest = staged_digest(settings, model, str(version))
@@ -142,7 +154,15 @@ def write_approval_page(settings: Settings, state: RolloutState) -> ApprovalPage
     request = open_engine(settings).approval_request(state)
     champion = state.champion.version if state.champion else ""
     steps = [str(step["sentence"]) for step in state.forecast.get("steps", [])]
+    if changed := describe_changes(state.plan.params, load_params(settings.project_dir / "params.yaml").model_release):
+        steps.append(f"This release is not held to params.yaml: {changed}.")
     return write_page(settings, policy, request, champion=champion, forecast=steps)
+
+
+def describe_changes(params: ModelReleaseParams, usual: ModelReleaseParams) -> str:
+    """What a release's steps and limits are instead of the usual ones, for a person; empty where they are the same."""
+    own, others = params.model_dump(mode="json"), usual.model_dump(mode="json")
+    return ", ".join(f"{key} {own[key]} instead of {others[key]}" for key in own if own[key] != others[key])
 
 
 def find_champion(settings: Settings, target: ReleaseTarget, model: str) -> ReleaseRef | None:

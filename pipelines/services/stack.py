@@ -24,14 +24,11 @@ import psutil
 
 from pipelines.core.results import write_json
 from pipelines.errors import PerchError, Refusal, TryLater
-from pipelines.params import load_params
 from pipelines.registry.mlflow_database import ensure_database
 from pipelines.release.local_layout import LocalPorts, SlotPorts
 from pipelines.release.local_plan import PROCESSES
 from pipelines.release.local_target import LocalTarget
 from pipelines.release.supervision import supervisor_proxy, supervisor_socket
-from pipelines.release.targets import ReleaseRef, Slot
-from pipelines.services.prediction_service import PackagedVersion, find_packaged_version, release_address
 from pipelines.services.programs import (
     HOST,
     Ports,
@@ -126,29 +123,6 @@ class Stack:
         self._start(envoy, report)
         self.target.resume()
         self._wait_healthy(envoy)
-
-    def serve(self, report: Report) -> PackagedVersion | None:
-        """Give all traffic to the champion, or before any release to the last packaged version, without a rollout.
-
-        Returns:
-            What is served now; None where no version is packaged yet.
-
-        Raises:
-            Refusal: another release has the canary's traffic, or this one cannot be served.
-            TryLater: the service was not ready in time.
-        """
-        model = load_params(self.settings.project_dir / "params.yaml").model_name
-        packaged = find_packaged_version(self.settings, model)
-        if packaged is None:
-            return None
-        address = release_address(self.settings, packaged.digest)
-        release = ReleaseRef(model, str(packaged.version), packaged.digest, address)
-        if self.target.state().slots.get(Slot.STABLE) != release:
-            report(f"starting {model} v{packaged.version}")
-            self.target.deploy(Slot.CANARY, release)
-            self.target.wait_ready(Slot.CANARY, _START_LIMIT_S)
-            self.target.promote()
-        return packaged
 
     def down(self) -> bool:
         """End every service and whatever they left; True when there was something to end."""
