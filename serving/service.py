@@ -138,7 +138,7 @@ class PredictionService:
         self._metrics.watch_log(lambda: lines.lines_dropped)
         self._metrics.start()
         port = settings.metrics_port
-        self._metrics_endpoint = MetricsEndpoint(self._metrics.render, port) if port else None
+        self._metrics_endpoint = MetricsEndpoint(self._metrics.render, port, settings.metrics_host) if port else None
         # What start-up made stays to the end: the collector need not look at it again, which shows in the slowest
         # requests.
         gc.collect()

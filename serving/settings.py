@@ -65,6 +65,7 @@ class ServingSettings(ImageLimits):
         le=65535,
         description="Port of /metrics alone; 0 serves it beside the API, to keys with the scope `metrics`.",
     )
+    metrics_host: str = Field("0.0.0.0", description="Address of that port; all by default, for Prometheus elsewhere.")  # noqa: S104
     log_requests: bool = Field(True, description="One JSON line per request; errors are logged in any case.")
 
     @property

@@ -47,6 +47,7 @@ class OwnProcess:
             "RELEASE_DIGEST": release.digest,
             "HOST": _HOST,
             "PORT": self._port,
+            "METRICS_HOST": _HOST,
             "METRICS_PORT": self._metrics_port,
             "WORKERS": 1,
             "SPOOL_DIR": self._folder / "spool",

@@ -74,6 +74,7 @@ def service_environment(layout: LocalLayout, deployment: Deployment, ports: Slot
         "RELEASE_DIGEST": deployment.release.digest,
         "HOST": HOST,
         "PORT": ports.api,
+        "METRICS_HOST": HOST,
         "METRICS_PORT": ports.metrics,
         "WORKERS": deployment.workers,
         "SPOOL_DIR": layout.spool_folder(deployment.process),

@@ -100,6 +100,8 @@ def serving_environment(settings: Settings) -> dict[str, str]:
         "PREDICTIONS_URL": settings.predictions_url or str(settings.home / "predictions"),
         "S3_ENDPOINT_URL": settings.s3_endpoint_url,
         "HOST": "127.0.0.1",
+        # The agreement of a release in shadow is read from what was shipped.
+        "FLUSH_INTERVAL_S": "10",
     }
     given = {name: value for name, value in os.environ.items() if name.startswith("PERCH_SERVING_")}
     return {f"PERCH_SERVING_{name}": value for name, value in defaults.items() if value} | given

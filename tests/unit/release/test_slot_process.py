@@ -44,6 +44,7 @@ def test_prepare__release_in_the_plan__is_served_with_folders_and_ports_of_its_o
     given = {name.removeprefix("PERCH_SERVING_"): value for name, value in environment.items()}
     assert (given["RELEASE_DIGEST"], given["WORKERS"]) == (RELEASE.digest, "3")
     assert (given["HOST"], given["PORT"], given["METRICS_PORT"]) == ("127.0.0.1", "5", "15")
+    assert given["METRICS_HOST"] == "127.0.0.1"  # these numbers are nobody's outside the machine
     assert given["SPOOL_DIR"] == str(layout.home / "serving" / "serving-staging" / "spool")
     assert given["MAX_PIXELS"] == "1000"
     assert waits == [0]
