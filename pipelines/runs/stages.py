@@ -78,6 +78,9 @@ def run_in_workspace(
     nodes = {node.name: node for node in read_stage_graph(workspace.root / "dvc.yaml")}
     if stage in nodes:
         _refuse_skipped_steps(workspace, nodes[stage])
+        # DVC's note of who is at work in this folder.  Only who holds the run's lock is; a DVC that was killed leaves
+        # the note half-written, or with a process id that is a zombie's or another's by now, and none starts again.
+        (workspace.root / ".dvc" / "tmp" / "rwlock").unlink(missing_ok=True)
         command = [_tool("dvc"), "repro", "--quiet", "--single-item", stage]
         command += [] if use_run_cache else ["--no-run-cache"]
     else:

@@ -84,3 +84,13 @@ def test_stage__started_twice_at_once__runs_once_at_a_time(tmp_path: Path) -> No
     assert start("data_ingestion", tmp_path).wait() == 0
     workspace = find_workspace(Settings(project_dir=PROJECT, home=tmp_path), "r")
     assert json.loads(workspace.result_file("data_ingestion").read_text())["metrics"]["data/images"] == 897
+
+
+@pytest.mark.parametrize("note", ['{"write": {"', '{"write": {"PATH": {"pid": 1, "cmd": "dvc repro"}}, "read": {}}'])
+def test_stage__note_of_a_killed_dvc__is_no_obstacle(note: str, tmp_path: Path) -> None:
+    assert start("data_ingestion", tmp_path).wait() == 0
+    workspace = find_workspace(Settings(project_dir=PROJECT, home=tmp_path), "r")
+    # Torn in the middle of a write; or naming a process that lives, as the killed one's number may by now.
+    (workspace.root / ".dvc" / "tmp" / "rwlock").write_text(note.replace("PATH", str(workspace.raw)))
+    (workspace.result_file("data_ingestion")).unlink()
+    assert start("data_ingestion", tmp_path).wait() == 0
