@@ -46,7 +46,7 @@ def test_services__up_twice_supervisor_killed_and_down__leave_no_process(tmp_pat
         assert perch("up", home).stdout == first.stdout  # what runs is left alone
         status = perch("status", home)
         assert status.returncode == 0
-        assert status.stdout.count("RUNNING") == 6
+        assert status.stdout.count("RUNNING") == 7
 
         stack = Stack(Settings(project_dir=PROJECT, home=home))
         os.kill(int((home / "services" / "supervisord.pid").read_text()), signal.SIGKILL)

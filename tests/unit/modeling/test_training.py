@@ -4,7 +4,7 @@ import math
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -215,10 +215,20 @@ class SignalAt(pl.Callback):
             os.kill(os.getpid(), self._signum)
 
 
+@pytest.fixture
+def heeds_sigint() -> Iterator[None]:
+    """A process that a shell has started in the background ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(
     ("signum", "ending"), [(signal.SIGTERM, SystemExit(128 + signal.SIGTERM)), (signal.SIGINT, KeyboardInterrupt())]
 )
-def test_train__ended_from_outside__says_so_and_can_be_resumed(training_data, uninterrupted, tmp_path, signum, ending):
+def test_train__ended_from_outside__says_so_and_can_be_resumed(
+    training_data, uninterrupted, tmp_path, signum, ending, heeds_sigint
+):
     resumption = Resumption(tmp_path / "training.ckpt", "same inputs")
     handler = signal.getsignal(signum)
     with pytest.raises(type(ending)) as caught:

@@ -96,7 +96,7 @@ def test_verify__its_caller__is_named_by_a_hash_that_stays_and_tells_people_apar
     ("changes", "words"),
     [
         ({"exp": int(time.time()) - 31}, "expired"),
-        ({"nbf": int(time.time()) + 60}, "not valid yet"),
+        ({"nbf": int(time.time()) + 86_400}, "not valid yet"),
         ({"aud": "someone-else"}, "another audience"),
         ({"iss": "https://other.example"}, "another issuer"),
         ({"iss": ISSUER + "/"}, "another issuer"),
