@@ -34,7 +34,7 @@ LIMITS = {
     "model_release.max_error_rate": 0.02,
 }
 REQUESTS_PER_S = 30.0
-_COMMENT = "looked at the model card; approved by the demo"
+_COMMENT = "the demo's own answer"
 _ASK_LIMIT_S = 240.0
 _WIDTH = 10
 
@@ -118,7 +118,7 @@ def follow_release(
             _answer(settings, console, admin, approver, version)
             state = _find(settings, version)
     else:
-        console.print(f"  release of v{version}  done before")
+        console.print(f"  release of v{version} · done before")
     if state is None:
         raise TryLater(f"the release of v{version} is gone\n  what to do: `perch releases`")
     if state.is_finished:
@@ -152,7 +152,7 @@ def _answer(settings: Settings, console: Console, admin: AirflowClient, approver
             except Refusal:
                 time.sleep(1)
                 continue
-            console.print(f'  release of v{version}  approved by the {APPROVER}: "{_COMMENT}"')
+            console.print(f'  release of v{version} approved by the {APPROVER}: "{_COMMENT}"')
             return
         time.sleep(1)
     raise TryLater(
@@ -209,7 +209,7 @@ def step_lines(state: RolloutState, readings: dict[str, StepReading]) -> list[st
         name, reading = describe_step(passage.step), readings.get(passage.step)
         if passage.step == "promoted":
             previous = f" · previous v{state.champion.version} kept warm" if state.champion else ""
-            first = "" if state.champion else " · no champion yet, so that there was nothing to compare it with"
+            first = "" if state.champion else " · no champion yet, canary skipped"
             lines.append(f"      {'live':<{_WIDTH}}champion: v{state.release.version}{previous}{first}")
         elif passage.step == ROLLED_BACK.name:
             lines.append(f"      {name:<{_WIDTH}}{state.reason}")
@@ -223,9 +223,16 @@ def step_lines(state: RolloutState, readings: dict[str, StepReading]) -> list[st
 
 
 def _numbers(step: str, reading: StepReading | None) -> str:
-    wanted = ("agreement", "labels") if step == "shadow" else ("errors", "latency")
-    texts = [gate.text for gate in reading.gates if gate.name in wanted] if reading else []
-    return "".join(f"\n      {'':<{_WIDTH}}  {text}" for text in texts)
+    """What the gates said last, in a line of its own that fits into 80 columns."""
+    texts = {gate.name: gate.text for gate in reading.gates} if reading else {}
+    if step == "shadow":
+        agreement = texts.get("agreement", "").replace("same label as the champion in", "agreement")
+        parts = [agreement.replace(" mirrored requests", "")]
+    else:
+        # Up to where the sentence turns to the stable slot, or to the requests beyond the limit.
+        parts = [texts.get("errors", "").split(";")[0], texts.get("latency", "").split(",")[0]]
+    shown = " · ".join(part for part in parts if part)
+    return f"\n      {'':<{_WIDTH}}{shown}" if shown else ""
 
 
 def _print_steps(console: Console, state: RolloutState) -> None:

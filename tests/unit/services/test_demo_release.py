@@ -30,17 +30,24 @@ STATE = RolloutState(
     passages=(Passage("pending", EPOCH), Passage("shadow", EPOCH), Passage("canary@10", EPOCH, "agreement", 412)),
 )
 READINGS = {
-    "shadow": StepReading("promote", (GateReading("agreement", "promote", "0.971 agree"),), "", requests=410),
-    "canary@10": StepReading("need more data", (GateReading("errors", "need more data", "0 of 37"),), "", requests=37),
+    "shadow": StepReading(
+        "promote",
+        (GateReading("agreement", "promote", "same label as the champion in 9 of 9 mirrored requests, 1.000"),),
+        "",
+        requests=410,
+    ),
+    "canary@10": StepReading(
+        "need more data", (GateReading("errors", "need more data", "0 of 37 failed; stable 0 of 9"),), "", requests=37
+    ),
 }
 
 
 def test_lines__in_a_canary__name_what_each_step_took_and_its_numbers() -> None:
     shadow, agreement, canary, errors = "\n".join(step_lines(STATE, READINGS)).splitlines()
     assert shadow.split() == ["shadow", "promoted", "after", "412", "mirrored", "requests"]
-    assert agreement.strip() == "0.971 agree"
+    assert agreement.strip() == "agreement 9 of 9, 1.000"
     assert canary.split() == ["10", "%", "37", "requests", "so", "far"]
-    assert errors.strip() == "0 of 37"
+    assert errors.strip() == "0 of 37 failed"
 
 
 def test_lines__promoted__name_champion_and_what_is_kept_warm() -> None:
