@@ -132,9 +132,11 @@ def follow_release(
         console.print(f"      [dim]{usual}; steps of {LIMITS['model_release.min_step_s']} s, error rate < 2 %[/dim]")
         with traffic.flowing():
             state = _watch(settings, console, state, traffic)
+    if not console.is_terminal:
+        console.print()  # a live display leaves the line open there
     _require_promoted(state)
     if traffic.sent:
-        console.print(f"      clients  {traffic.sent:,} requests in all, {traffic.failed:,} failed")
+        console.print(f"      {'clients':<{_WIDTH}}{traffic.sent:,} requests in all, {traffic.failed:,} failed")
     return state
 
 
