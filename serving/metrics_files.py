@@ -79,7 +79,8 @@ def _fold(files: list[Path], target: Path) -> None:
 
 
 def _files(directory: str) -> list[Path]:
-    return sorted(Path(directory).glob("*.db"))
+    """The files that hold anything: one that a worker is just making is empty for a moment, and cannot be read."""
+    return sorted(file for file in Path(directory).glob("*.db") if file.stat().st_size)
 
 
 def _owner(file: Path) -> str:

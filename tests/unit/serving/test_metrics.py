@@ -185,6 +185,15 @@ def test_join__workers_that_die_again_and_again__leave_one_file_and_every_count(
     assert owners == sorted(["dead", str(last.process.pid)])
 
 
+def test_render__file_that_a_worker_is_just_making__is_no_obstacle(start_worker: type[Worker], tmp_path: Path) -> None:
+    observer = start_worker()
+    observer.do("metrics.observe_request('/v1/predict', 200, 0.004)")
+    (tmp_path / "counter_1.db").touch()
+    assert _value(observer.render(), "perch_requests_total", code="200", route="/v1/predict") == 1
+    start_worker().do("0")  # tidies
+    assert _value(observer.render(), "perch_requests_total", code="200", route="/v1/predict") == 1
+
+
 def test_render__workers_die_and_start_while_it_is_asked__no_count_ever_falls_or_counts_twice(
     start_worker: type[Worker],
 ) -> None:
