@@ -18,6 +18,7 @@ from pipelines.core.stage_graph import StageNode, read_stage_graph
 from pipelines.core.workspace import Workspace
 from pipelines.errors import EXIT_REFUSED, PerchError, Refusal, TryLater
 from pipelines.params import load_params
+from pipelines.runs.dvc_notes import DvcNotes
 from pipelines.runs.locking import DIE_WITH_PARENT, die_with_parent, hold
 from pipelines.settings import Settings
 
@@ -78,19 +79,21 @@ def run_in_workspace(
     nodes = {node.name: node for node in read_stage_graph(workspace.root / "dvc.yaml")}
     if stage in nodes:
         _refuse_skipped_steps(workspace, nodes[stage])
-        # DVC's note of who is at work in this folder.  Only who holds the run's lock is; a DVC that was killed leaves
-        # the note half-written, or with a process id that is a zombie's or another's by now, and none starts again.
-        (workspace.root / ".dvc" / "tmp" / "rwlock").unlink(missing_ok=True)
+        notes = DvcNotes(workspace)
+        notes.begin()
         command = [_tool("dvc"), "repro", "--quiet", "--single-item", stage]
         command += [] if use_run_cache else ["--no-run-cache"]
+        code = _run_process(command, workspace, settings, mlflow_run_id)
+        if code >= 0:  # below zero, a signal ended it
+            notes.end()
     else:
-        command = [sys.executable, "-m", "pipelines", stage]
-    code = _run_process(command, workspace, settings, mlflow_run_id)
+        code = _run_process([sys.executable, "-m", "pipelines", stage], workspace, settings, mlflow_run_id)
     if code == 0:
         return read_result(workspace, stage)
     raise _read_refusal(workspace, stage) or PerchError(
         f"{stage}: its process ended with exit code {code} and no word of its own\n"
-        f"  what to do: read the log above; the workspace is {workspace.root}"
+        f"  what to do: read the log above; in {workspace.root}, `dvc repro --dry --single-item {stage}` says what DVC "
+        "objects to, if it does"
     )
 
 

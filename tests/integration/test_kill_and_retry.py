@@ -15,6 +15,7 @@ import pytest
 
 from pipelines.core.stage_graph import read_stage_graph
 from pipelines.errors import EXIT_TRY_LATER
+from pipelines.runs.dvc_notes import DvcNotes
 from pipelines.runs.replaying import lock_outs
 from pipelines.runs.workspaces import find_workspace
 from pipelines.settings import Settings
@@ -94,3 +95,16 @@ def test_stage__note_of_a_killed_dvc__is_no_obstacle(note: str, tmp_path: Path) 
     (workspace.root / ".dvc" / "tmp" / "rwlock").write_text(note.replace("PATH", str(workspace.raw)))
     (workspace.result_file("data_ingestion")).unlink()
     assert start("data_ingestion", tmp_path).wait() == 0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_stage__lock_file_torn_by_a_killed_dvc__is_no_obstacle(share: float, tmp_path: Path) -> None:
+    assert start("data_ingestion", tmp_path).wait() == 0
+    assert start("data_validation", tmp_path).wait() == 0
+    workspace = find_workspace(Settings(project_dir=PROJECT, home=tmp_path), "r")
+    lock = workspace.root / "dvc.lock"
+    whole = lock.read_bytes()
+    DvcNotes(workspace).begin()  # and no end: the DVC that follows is killed while it writes
+    lock.write_bytes(whole[: int(len(whole) * share)])
+    assert start("data_preprocessing", tmp_path).wait() == 0
+    assert lock.read_bytes().startswith(whole)
