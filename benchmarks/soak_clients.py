@@ -213,6 +213,10 @@ class Clients:
     def _pick(self) -> Kind:
         return self._random.choices(self.kinds, [kind.share for kind in self.kinds])[0]
 
+    def prefer_others(self, address: str) -> None:
+        """Put an address last where nobody listens: an attempt in vain before each request takes the server's cores."""
+        self.addresses.sort(key=address.__eq__)
+
     async def _send(self, kind: Kind, due_s: float) -> None:
         """Send one request until it is answered: again where nobody listens, and where the connection breaks."""
         assert self._session is not None
@@ -238,6 +242,7 @@ class Clients:
                             content = await response.read()
                             status = response.status
                     except aiohttp.ClientConnectorError:
+                        self.prefer_others(address)
                         continue  # nobody listens here: the next address
                     except (aiohttp.ClientError, TimeoutError) as error:
                         journal.breakage(kind.name, request_id, error)
@@ -500,6 +505,7 @@ class SlowClients:
             try:
                 reader, writer = await asyncio.open_connection(host, int(port))
             except OSError:
+                self._clients.prefer_others(address)
                 continue
             head = (
                 f"POST /v1/predict HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: image/png\r\n"
