@@ -227,7 +227,10 @@ class ModelEvaluationParams(Section):
 class ModelRegistrationParams(Section):
     """How a model that passed is entered in the registry."""
 
-    candidate_alias: Name = Field("candidate", description="MLflow alias of the latest version that passed.")
+    candidate_alias: Name = Field(
+        "candidate",
+        description="MLflow alias of the latest version that passed its gate and was not turned away in staging.",
+    )
 
 
 class DeployToStagingParams(Section):

@@ -1,9 +1,9 @@
-"""Which version serves by the ledger, and which served before it: what MLflow's aliases have to agree with."""
+"""What MLflow's aliases have to agree with by the ledger: who serves, who served before, and who waits for that."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from pipelines.core.hash_chain import Record
@@ -45,6 +45,23 @@ def champions_by_ledger(records: Iterable[Record], model: str) -> Champions:
         elif record.event == "promoted":
             found = Champions(record.version, found.champion)
     return found
+
+
+def candidate_by_ledger(records: Iterable[Record], model: str, present: Collection[int]) -> int | None:
+    """The latest registered version that staging has not turned away; None where there is none.
+
+    Not simply the one that was registered last: an old run that is registered again pushes no newer one aside.
+
+    Args:
+        records: of the ledger, in their order.
+        model: name of the registered model.
+        present: versions that the registry still has.
+    """
+    found: dict[int, bool] = {}
+    for record in records:
+        if record.model == model and record.event in ("registered", "staged", "staging_failed"):
+            found[int(record.version)] = record.event != "staging_failed"
+    return max((version for version, passed in found.items() if passed and version in present), default=None)
 
 
 def find_alias_disagreements(model: str, aliases: Mapping[str, str], by_ledger: Champions) -> list[str]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection, Executable, Table
 
-Event = Literal["registered", "packaged", "staged", "approved", "traffic", "promoted", "rolled_back"]
+Event = Literal["registered", "packaged", "staged", "staging_failed", "approved", "traffic", "promoted", "rolled_back"]
 T = TypeVar("T")
 
 _ADVISORY_LOCK = 0x7065726368  # "perch"; any number will do, as long as every writer takes the same

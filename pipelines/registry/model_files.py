@@ -40,7 +40,7 @@ def fetch_model_file(
         model: name of the registered model.
         version: its version; None takes the champion, or before any release the latest candidate.
         into: folder for the file.
-        candidate_alias: the alias that registration moves.
+        candidate_alias: the alias of the version that may be released next.
 
     Raises:
         Refusal: there is no such version, or its file is not the one that was registered.

@@ -27,6 +27,7 @@ from pipelines.core.gates import GateCheck, Verdict
 from pipelines.core.workspace import Workspace
 from pipelines.errors import Refusal
 from pipelines.params import Params
+from pipelines.registry.candidate import move_candidate
 from pipelines.registry.connection import Mlflow, with_mlflow
 from pipelines.registry.ledger import Ledger
 from pipelines.registry.models import EVIDENCE_FOLDER, MODEL_FOLDER, find_model, find_versions
@@ -48,7 +49,8 @@ class Registration:
     Attributes:
         run_id: the Perch run.
         version: in MLflow's registry.
-        alias_version: the version that the candidate alias points at now; another one when this run is an old one.
+        alias_version: that the candidate alias points at now; another one when this run is an old one, None when
+            staging has turned all away.
         mlflow_run_id: of the run that holds the files.
         ledger_sequence: number of the ledger's row.
         ledger_sha256: hash of the ledger's row.
@@ -57,7 +59,7 @@ class Registration:
 
     run_id: str
     version: int
-    alias_version: int
+    alias_version: int | None
     mlflow_run_id: str
     ledger_sequence: int
     ledger_sha256: str
@@ -90,7 +92,7 @@ def register(settings: Settings, params: Params, workspace: Workspace) -> Regist
         )
         tags = {"perch.ledger_sequence": str(record.sequence), "perch.ledger_sha256": record.row_sha256}
         with_mlflow(settings, lambda mlflow: _tag(mlflow, params.model_name, version, tags))
-        alias_version = with_mlflow(settings, lambda mlflow: _move_alias(mlflow, params, ledger))
+        alias_version = move_candidate(settings, ledger, params.model_name, params.model_registration.candidate_alias)
         same_as = _find_same_model(ledger, params.model_name, record.sequence, evidence["model"]["onnx_sha256"])
     finally:
         ledger.close()
@@ -331,24 +333,6 @@ def _describe_version(evidence: Mapping[str, Any], card: str | None) -> str:
 def _tag(mlflow: Mlflow, model: str, version: int, tags: Mapping[str, str]) -> None:
     for key, value in tags.items():
         mlflow.client.set_model_version_tag(model, str(version), key, value)
-
-
-def _move_alias(mlflow: Mlflow, params: Params, ledger: Ledger) -> int:
-    """Point the candidate alias at the ledger's highest version that MLflow still has.
-
-    Not simply at this run's: an old run that is registered again must not push a newer one aside.  The ledger is read
-    again after the alias was set, so that of two registrations at once the later one wins in the end.
-    """
-    while True:
-        present = {version.version: version for version in find_versions(mlflow, params.model_name)}
-        registered = {
-            int(record.version) for record in ledger.entries(params.model_name) if record.event == "registered"
-        }
-        latest = max(registered & present.keys())
-        alias = params.model_registration.candidate_alias
-        if alias in present[latest].aliases:
-            return latest
-        mlflow.client.set_registered_model_alias(params.model_name, alias, str(latest))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

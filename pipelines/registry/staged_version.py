@@ -1,26 +1,29 @@
-"""What an approval of a version rests on, as it is now; and the ledger's row that its release passed in staging."""
+"""What an approval of a version rests on, as it is now; and the ledger's row of how its release did in staging."""
 
 from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from pipelines.core.hash_chain import Record
 from pipelines.core.release_signing import hash_file
 from pipelines.errors import Refusal
+from pipelines.registry.candidate import move_candidate
 from pipelines.registry.connection import Mlflow, with_mlflow
-from pipelines.registry.ledger import Ledger
+from pipelines.registry.ledger import Event, Ledger
 from pipelines.registry.models import EVIDENCE_FOLDER, RegisteredVersion, download, get_version
 from pipelines.registry.released_version import packaged_digests
 from pipelines.settings import Settings
 
+_OUTCOMES = ("staged", "staging_failed")
 CARD_FILE, VERDICT_FILE = "model_card.html", "verdict.json"
 
 
 class Evidence(TypedDict):
-    """SHA-256 of each thing that an approval rests on; the arguments of `approvals.evidence_hash`."""
+    """SHA-256 of each thing that an approval rests on beside the plan; arguments of `approvals.evidence_hash`."""
 
     registration_sha256: str
     model_card_sha256: str
@@ -64,7 +67,7 @@ def fetch_evidence_files(
     return with_mlflow(settings, fetch)
 
 
-def record_staged(
+def record_staging(
     settings: Settings,
     model: str,
     version: str,
@@ -73,26 +76,52 @@ def record_staged(
     run_id: str,
     smoke_tests: int,
     golden_images: int,
+    failed: Sequence[str],
+    candidate_alias: str,
 ) -> Record:
-    """Write into the ledger that a release passed all its smoke tests; once for each release and number of tests.
+    """Write into the ledger how a release did in staging, and move the candidate's alias to who may be released next.
+
+    The same outcome again adds no row; another one does.
+
+    Args:
+        settings: where things are.
+        model: name of the registered model.
+        version: in the registry.
+        digest: SHA-256 of the release.
+        run_id: of the run that trained it.
+        smoke_tests: how many were asked.
+        golden_images: of these, images whose answers were compared.
+        failed: names of the smoke tests that failed; none: it passed.
+        candidate_alias: the alias to move.
 
     Raises:
-        TryLater: the ledger's database did not answer.
+        TryLater: MLflow or the ledger's database did not answer.
     """
     ledger = Ledger(settings.ledger_url)
+    event: Event = "staging_failed" if failed else "staged"
+    evidence: dict[str, Any] = {
+        "run_id": run_id,
+        "release_sha256": digest,
+        "smoke_tests": smoke_tests,
+        "golden_images": golden_images,
+    }
+    if failed:
+        evidence["failed"] = list(failed)
     try:
-        return ledger.append(
-            "staged",
-            model=model,
-            version=version,
-            evidence={
-                "run_id": run_id,
-                "release_sha256": digest,
-                "smoke_tests": smoke_tests,
-                "golden_images": golden_images,
-            },
-            key=f"staged:{model}:{version}:{digest}:{smoke_tests}:{golden_images}",
-        )
+        outcomes = [row for row in ledger.entries(model) if row.version == version and row.event in _OUTCOMES]
+        last = outcomes[-1] if outcomes else None
+        if last is not None and last.event == event and json.loads(last.evidence) == evidence:
+            record = last
+        else:
+            record = ledger.append(
+                event,
+                model=model,
+                version=version,
+                evidence=evidence,
+                key=f"{event}:{model}:{version}:{digest}:{len(outcomes) + 1}",
+            )
+        move_candidate(settings, ledger, model, candidate_alias)
+        return record
     finally:
         ledger.close()
 
@@ -107,13 +136,18 @@ def staged_digest(settings: Settings, model: str, version: str) -> str:
     digest = packaged_digests(settings, model).get(int(version))
     if digest is None:
         raise Refusal(f"{model} v{version}", "is not packaged", way_out=f"perch package {version}")
-    for record in _entries(settings, model):
-        same = record.event == "staged" and record.version == version
-        if same and json.loads(record.evidence)["release_sha256"] == digest:
-            return digest
+    outcomes = [
+        record.event
+        for record in _entries(settings, model)
+        if record.event in _OUTCOMES
+        and record.version == version
+        and json.loads(record.evidence)["release_sha256"] == digest
+    ]
+    if outcomes and outcomes[-1] == "staged":
+        return digest
     raise Refusal(
         f"the release {digest[:12]} of {model} v{version}",
-        "has not passed in staging",
+        "did not pass in staging" if outcomes else "has not been in staging",
         limit="its smoke tests, all of them",
         way_out="`perch deploy_to_staging --run RUN` asks them; `perch models` names the run",
     )

@@ -33,7 +33,7 @@ class DeployToStagingResult(StageResult):
     model: str = Field(description="Name of the registered model.")
     version: str = Field(description="In MLflow's registry.")
     release_sha256: str = Field(description="Of the release.")
-    evidence_sha256: str = Field(description="Of what an approver is shown; another one needs another approval.")
+    evidence_sha256: str = Field(description="Of what an approval rests on, unless the release is given other limits.")
     smoke_tests: int = Field(description="How many there were; all of them passed.")
 
 
@@ -45,10 +45,11 @@ def run(params: Params, workspace: Workspace) -> DeployToStagingResult:
         TryLater: the service was not ready in time, or MLflow, the ledger or the place to run did not answer.
     """
     from pipelines.core.release_unit import release_name
-    from pipelines.registry.staged_version import read_evidence, record_staged
+    from pipelines.registry.staged_version import read_evidence, record_staging
     from pipelines.release.approvals import evidence_hash
     from pipelines.release.artifact_store import open_store
     from pipelines.release.staging import stage_release
+    from pipelines.release.steps import Plan
     from pipelines.release.targets import ReleaseRef
     from pipelines.settings import get_settings
 
@@ -67,17 +68,7 @@ def run(params: Params, workspace: Workspace) -> DeployToStagingResult:
         )
     write_json(workspace.root / REPORT, report.as_tree())
     passed, count = len(report.tests) - len(report.failed), len(report.tests)
-    if report.failed:
-        raise Refusal(
-            f"the release {digest[:12]} of {params.model_name} v{version}",
-            f"{len(report.failed)} of {count} smoke tests failed:\n  "
-            + "\n  ".join(test.as_line() for test in report.failed)
-            + "\n ",
-            limit="all pass before anybody is asked to approve",
-            way_out=f"{REPORT} of the run has all of them; nothing was left running",
-            reports={"Smoke tests": REPORT},
-        )
-    record_staged(
+    record_staging(
         settings,
         params.model_name,
         version,
@@ -85,14 +76,28 @@ def run(params: Params, workspace: Workspace) -> DeployToStagingResult:
         run_id=expected.manifest["run_id"],
         smoke_tests=count,
         golden_images=len(expected.golden),
+        failed=[test.name for test in report.failed],
+        candidate_alias=params.model_registration.candidate_alias,
     )
+    if report.failed:
+        raise Refusal(
+            f"the release {digest[:12]} of {params.model_name} v{version}",
+            f"{len(report.failed)} of {count} smoke tests failed:\n  "
+            + "\n  ".join(test.as_line() for test in report.failed)
+            + "\n ",
+            limit="all pass before anybody is asked to approve",
+            way_out=f"{REPORT} of the run has all of them; nothing was left running, and it is no candidate any more",
+            reports={"Smoke tests": REPORT},
+        )
     return DeployToStagingResult(
         summary=f"{passed} of {count} smoke tests",
         reports={"Smoke tests": REPORT},
         model=params.model_name,
         version=version,
         release_sha256=digest,
-        evidence_sha256=evidence_hash(**read_evidence(settings, params.model_name, version, digest)),
+        evidence_sha256=evidence_hash(
+            **read_evidence(settings, params.model_name, version, digest), plan_sha256=Plan(params.model_release).sha256
+        ),
         smoke_tests=count,
     )
 

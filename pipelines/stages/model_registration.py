@@ -34,9 +34,10 @@ def run(params: Params, workspace: Workspace) -> ModelRegistrationResult:
     name = f"{params.model_name} v{entered.version}"
     alias = params.model_registration.candidate_alias
     is_latest = entered.alias_version == entered.version
+    holder = f"stays v{entered.alias_version}" if entered.alias_version is not None else "is none"
     same = f"; the same model file as v{entered.same_as}" if entered.same_as is not None else ""
     return ModelRegistrationResult(
-        summary=(f"{name}, {alias}" if is_latest else f"{name}; {alias} stays v{entered.alias_version}") + same,
+        summary=(f"{name}, {alias}" if is_latest else f"{name}; {alias} {holder}") + same,
         version=str(entered.version),
         alias=alias if is_latest else "",
         run_id=entered.run_id,

@@ -18,6 +18,7 @@ from pipelines.data.png import encode_png
 from pipelines.data.shards import METADATA_SCHEMA, Manifest, ShardWriter
 from pipelines.errors import Refusal
 from pipelines.params import Params
+from pipelines.registry.aliases import read_aliases
 from pipelines.registry.ledger import Ledger
 from pipelines.registry.registration import register
 from pipelines.release.own_process import OwnProcess
@@ -157,8 +158,10 @@ def test_deploy_to_staging__served_answers_differ_from_the_offline_ones__names_e
     assert "latency: p95 " in said
     assert refused.value.reports == {"Smoke tests": deploy_to_staging.REPORT}
     ledger = Ledger(settings.ledger_url)
-    assert "staged" not in {record.event for record in ledger.entries()}
+    (turned_away,) = [record for record in ledger.entries() if record.event.startswith("stag")]
     ledger.close()
+    assert (turned_away.event, set(json.loads(turned_away.evidence)["failed"])) == ("staging_failed", failed)
+    assert read_aliases(settings, registry_params.model_name) == {}
     assert not services_of(settings)
 
 

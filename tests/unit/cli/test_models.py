@@ -114,4 +114,4 @@ def test_ledger_verify__tampered_and_alias_moved__names_both_and_fails(
     code, output = run(ledger_cli.app, "verify")
     assert code == 1
     assert "row 1 (registered shapes-classification v1): its evidence was changed" in output
-    assert "alias candidate of shapes-classification points at v1, the ledger's latest is v2" in output
+    assert "alias candidate of shapes-classification points at v1, the ledger's is v2" in output

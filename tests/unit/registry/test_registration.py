@@ -297,7 +297,7 @@ def test_find_disagreements__alias_moved_by_hand__is_named(
     register(registry_settings, registry_params, make_run("run-1", seed=1))
     register(registry_settings, registry_params, make_run("run-2", seed=2))
     with_mlflow(registry_settings, lambda mlflow: mlflow.client.set_registered_model_alias(MODEL, "candidate", "1"))
-    assert disagreements(registry_settings) == [f"alias candidate of {MODEL} points at v1, the ledger's latest is v2"]
+    assert disagreements(registry_settings) == [f"alias candidate of {MODEL} points at v1, the ledger's is v2"]
 
 
 def test_find_disagreements__end_of_the_ledger_cut_off__is_seen_from_mlflow(
