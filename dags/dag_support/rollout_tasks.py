@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from airflow.providers.standard.hooks.subprocess import SubprocessHook
 from airflow.providers.standard.operators.hitl import ApprovalOperator
 from airflow.sdk import BaseOperator, BaseSensorOperator, Param, PokeReturnValue, task
-from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
+from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException
 
 from dags.dag_support.perch_command import run_perch
-from pipelines.errors import EXIT_TRY_LATER
+from pipelines.errors import EXIT_OK, EXIT_TRY_LATER
 from pipelines.notices import send_notice
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 BEGIN = "begin_rollout"
 # With an empty string as its default, Airflow would grey both buttons out.
 COMMENT = {"comment": Param(None, type=["null", "string"], title="Comment", description="Needed to reject.")}
+_MOST_ANSWERS = 100  # that do not count, before it gives up asking
+_ASK_AGAIN_AFTER = timedelta(seconds=5)
 _LONGEST_PAUSE_S = 30.0
 _LONGEST_ROLLOUT = timedelta(days=30)  # a freeze may hold one up; its own limits end it long before
 
@@ -71,7 +73,11 @@ def latest_candidate(events: Any) -> dict[str, Any]:
 
 
 class ReleaseApprovalOperator(ApprovalOperator):
-    """Airflow's approval, whose time to answer ends when the policy says; then the answer is no."""
+    """Airflow's approval, whose time to answer ends when the policy says; then the answer is no.
+
+    An answer that the promotion policy denies, such as that of who asked for the release, is told to people, and asked
+    for again in the task's next try.
+    """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(
@@ -80,8 +86,12 @@ class ReleaseApprovalOperator(ApprovalOperator):
             # A rejection must not skip what records it.
             ignore_downstream_trigger_rules=False,
             response_timeout=_LONGEST_ROLLOUT,
+            retries=_MOST_ANSWERS,
+            retry_delay=_ASK_AGAIN_AFTER,
+            retry_exponential_backoff=False,
             **kwargs,
         )
+        self.hook: SubprocessHook | None = None
 
     def execute(self, context: Context) -> None:
         """Ask, until the deadline."""
@@ -89,6 +99,34 @@ class ReleaseApprovalOperator(ApprovalOperator):
         left = datetime.fromisoformat(asked["deadline"]) - datetime.now(UTC)
         self.response_timeout = max(left, timedelta(seconds=1))
         super().execute(context)
+
+    def execute_complete(self, context: Context, event: dict[str, Any]) -> Any:
+        """Take the answer, unless the policy denies it.
+
+        Raises:
+            AirflowException: it does not count; the next try asks again.
+        """
+        user = (event.get("responded_by_user") or {}).get("id", "")
+        if user:  # without, the time ran out, and the answer stays no
+            self._refuse_denied(context["ti"].xcom_pull(task_ids=BEGIN), user)
+        return super().execute_complete(context, event)
+
+    def _refuse_denied(self, asked: dict[str, Any], user: str) -> None:
+        self.hook = SubprocessHook()
+        weighed = run_perch(self.hook, "releases", "weigh", asked["rollout_id"], "--json")
+        if weighed.exit_code != EXIT_OK:
+            return  # whoever takes the steps will ask again: an answer must not be lost because a database was away
+        decision = weighed.result
+        if decision["outcome"] != "waiting" or user in decision["approvers"] or user not in decision["denials"]:
+            return
+        reason = decision["denials"][user]
+        send_notice(f"{asked['subject']}: an answer does not count", f"{reason}\nIt is asked for again.")
+        raise AirflowException(f"the answer does not count, it is asked for again; {reason}")
+
+    def on_kill(self) -> None:
+        """End the command."""
+        if self.hook is not None:
+            self.hook.send_sigterm()
 
 
 class RolloutSensor(BaseSensorOperator):

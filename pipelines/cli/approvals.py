@@ -72,6 +72,7 @@ def approve(
     """Approve the release of a version, as a user of Airflow who was asked; the answer is recorded there."""
     settings, name, number = _subject(version, model)
     ask = _open_asks(settings, name, number)[0]
+    _refuse_what_would_not_count(settings, ask, _choose_user(settings, user), comment)
     _answer(settings, ask, _choose_user(settings, user), approve=True, comment=comment)
     typer.echo("The engine weighs it by the promotion policy at its next look; `perch releases` shows what it did.")
 
@@ -116,6 +117,26 @@ def _open_asks(settings: Settings, model: str, version: int) -> list[Ask]:
             way_out="`perch approvals` lists what does; `perch ledger` what was decided",
         )
     return asks
+
+
+def _refuse_what_would_not_count(settings: Settings, ask: Ask, user: str, comment: str) -> None:
+    """An answer can be given once: one that the policy denies is refused before it is recorded."""
+    from datetime import UTC, datetime
+
+    from pipelines.errors import Refusal
+    from pipelines.release.approvals import Response
+    from pipelines.services.rollouts import open_engine
+
+    answer = Response(user, datetime.now(UTC), True, ask.evidence_sha256, comment)
+    decision = open_engine(settings).weigh(ask.rollout_id, answer)
+    denial = next((denial for denial in decision.denials if denial.responder == user), None)
+    if denial is not None and user not in {counted.responder for counted in decision.approvals}:
+        raise Refusal(
+            f"the approval by {user}",
+            f"would not count: {denial.reason}",
+            limit=f"the promotion policy, rule {denial.rule}",
+            way_out="`perch approvals page` shows what is asked; `--as USER` answers as another",
+        )
 
 
 def _answer(settings: Settings, ask: Ask, user: str, *, approve: bool, comment: str) -> None:

@@ -113,6 +113,30 @@ def advance(
         _refuse_rolled_back(state)
 
 
+@app.command("weigh")
+def weigh(
+    rollout: Annotated[str, typer.Argument(help="Id of the release; what is under way by default.")] = "",
+    model: ModelOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Say what the recorded answers to a release amount to under the promotion policy; changes nothing."""
+    from pipelines.services.rollouts import find_rollout, open_engine
+    from pipelines.settings import get_settings
+
+    settings = get_settings()
+    decision = open_engine(settings).weigh(find_rollout(settings, rollout, model).rollout_id)
+    lines = [decision.reason, *(f"does not count: {denial.reason}" for denial in decision.denials)]
+    typer.echo("\n".join([decision.outcome, *(f"  {line}" for line in lines if line)]))
+    if as_json:
+        result = {
+            "outcome": decision.outcome,
+            "reason": decision.reason,
+            "approvers": [answer.responder for answer in decision.approvals],
+            "denials": {denial.responder: denial.reason for denial in decision.denials},
+        }
+        typer.echo(json.dumps(result))
+
+
 @app.command("watch")
 def watch(
     model: ModelOption = "",

@@ -66,7 +66,9 @@ class ApprovalSource(Protocol):
         """
 
 
-def evidence_hash(*, registration_sha256: str, model_card_sha256: str, verdict_sha256: str, release_sha256: str) -> str:
+def evidence_hash(
+    *, registration_sha256: str, model_card_sha256: str, verdict_sha256: str, release_sha256: str, plan_sha256: str
+) -> str:
     """The hash of all that an approval rests on; any change of it voids the approval.
 
     Args:
@@ -74,11 +76,13 @@ def evidence_hash(*, registration_sha256: str, model_card_sha256: str, verdict_s
         model_card_sha256: of the model card as it is shown.
         verdict_sha256: of the gate's verdict.
         release_sha256: of the release unit.
+        plan_sha256: of the steps and limits that the release is held to.
     """
     return sha256_text(
         canonical_json(
             {
                 "model_card": model_card_sha256,
+                "plan": plan_sha256,
                 "registration": registration_sha256,
                 "release": release_sha256,
                 "verdict": verdict_sha256,

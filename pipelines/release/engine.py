@@ -27,8 +27,8 @@ from typing import Any
 from pipelines.core.rollout_rows import RolloutRow, StaleRolloutError
 from pipelines.errors import Refusal, TryLater
 from pipelines.release import rollback
-from pipelines.release.approvals import ApprovalRequest
-from pipelines.release.policy import decide
+from pipelines.release.approvals import ApprovalRequest, Response
+from pipelines.release.policy import Decision, decide
 from pipelines.release.rollout_state import Passage, RolloutState, StepReading, from_document
 from pipelines.release.steps import PENDING, ROLLED_BACK, Phase, Plan, Step
 from pipelines.release.targets import ReleaseRef, Slot
@@ -180,6 +180,21 @@ class ReleaseEngine:
             return waiting
         return state
 
+    def weigh(self, rollout_id: str, *more: Response) -> Decision:
+        """What the recorded answers to a rollout's request amount to, with the evidence as it is now; changes nothing.
+
+        Args:
+            rollout_id: names the rollout.
+            more: answers that are not recorded yet, to learn whether they would count.
+
+        Raises:
+            Refusal: there is no such rollout.
+            TryLater: the place of the answers, MLflow or the database does not answer.
+        """
+        world, state = self._world, from_document(self._required(rollout_id).document)
+        request = self.approval_request(state)
+        return decide(world.policy, request, (*world.approvals.responses(request), *more), _moment(world.clock()))
+
     def approval_request(self, state: RolloutState, evidence_sha256: str = "") -> ApprovalRequest:
         """What is asked of approvers: with the evidence as it is now, so that an answer to another one is void.
 
@@ -191,7 +206,7 @@ class ReleaseEngine:
             rollout_id=state.rollout_id,
             model=state.release.model,
             version=state.release.version,
-            evidence_sha256=evidence_sha256 or self._world.evidence(state.release),
+            evidence_sha256=evidence_sha256 or self._world.evidence(state.release, state.plan),
             requested_by=state.requested_by,
             requested_at=_moment(state.requested_at),
         )
@@ -232,7 +247,7 @@ class ReleaseEngine:
     def _step_forward(self, row: RolloutRow, state: RolloutState, because: Mapping[str, Any]) -> RolloutState:
         """Write down the intent of the next step, then enter it."""
         world = self._world
-        evidence_sha256 = world.evidence(state.release)
+        evidence_sha256 = world.evidence(state.release, state.plan)
         if any(answer.evidence_sha256 != evidence_sha256 for answer in state.approvals):
             return self._roll_back(state, f"the evidence changed after it was approved ({evidence_sha256[:12]} now)")
         step = state.plan.after(state.step, is_first=state.is_first)

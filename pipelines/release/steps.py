@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from pipelines.core.hash_chain import canonical_json, sha256_text
 from pipelines.params import ModelReleaseParams
 from pipelines.release.targets import Routing
 
@@ -74,6 +75,11 @@ class Plan:
             return (PENDING, PROMOTED)
         shadow = (SHADOW,) if self.params.shadow else ()
         return (PENDING, *shadow, *(Step(Phase.CANARY, percent) for percent in self.params.canary_percents), PROMOTED)
+
+    @property
+    def sha256(self) -> str:
+        """Of all steps and limits; an approval holds for these alone."""
+        return sha256_text(canonical_json(self.params.model_dump(mode="json")))
 
     def after(self, step: Step, *, is_first: bool) -> Step:
         """The step that follows.

@@ -11,6 +11,7 @@ from pipelines.core.rollout_rows import RolloutRow
 from pipelines.release.approvals import ApprovalSource
 from pipelines.release.policy import PromotionPolicy
 from pipelines.release.rollout_state import RolloutState, StepReading
+from pipelines.release.steps import Plan
 from pipelines.release.targets import ReleaseRef, ReleaseTarget
 from pipelines.release.windows import Window
 
@@ -77,7 +78,7 @@ class World:
         aliases: of the registry.
         approvals: where answers are recorded.
         policy: whose answers count.
-        evidence: hash of all that an approval of a release rests on, as it is now.
+        evidence: hash of all that an approval of a release by a plan rests on, as it is now.
         judge: the gates.
         clock: seconds since the epoch.
         pause: waits for some seconds.
@@ -90,7 +91,7 @@ class World:
     aliases: Aliases
     approvals: ApprovalSource
     policy: PromotionPolicy
-    evidence: Callable[[ReleaseRef], str]
+    evidence: Callable[[ReleaseRef, Plan], str]
     judge: Judge
     clock: Callable[[], float] = field(default=time.time)
     pause: Callable[[float], None] = field(default=time.sleep)

@@ -76,7 +76,7 @@ def open_world(settings: Settings, *, patient: bool = True, policy: PromotionPol
         aliases=RegistryAliases(settings),
         approvals=AirflowAnswers(settings),
         policy=policy or _NOBODY,
-        evidence=lambda release: read_evidence_hash(settings, release),
+        evidence=lambda release, plan: read_evidence_hash(settings, release, plan),
         judge=Gates(lambda state: _compare_answers(settings, state)),
     )
 
@@ -91,9 +91,10 @@ def open_engine(settings: Settings) -> ReleaseEngine:
     return ReleaseEngine(world, f"{socket.gethostname()}:{os.getpid()}:{time.time_ns()}")
 
 
-def read_evidence_hash(settings: Settings, release: ReleaseRef) -> str:
-    """Hash of all that an approval of a release rests on, as it is now."""
-    return evidence_hash(**read_evidence(settings, release.model, release.version, release.digest))
+def read_evidence_hash(settings: Settings, release: ReleaseRef, plan: Plan) -> str:
+    """Hash of all that an approval of a release rests on, as it is now: what it is, and what it is held to."""
+    known = read_evidence(settings, release.model, release.version, release.digest)
+    return evidence_hash(**known, plan_sha256=plan.sha256)
 
 
 def begin_release(
@@ -134,7 +135,7 @@ def begin_release(
         release=release,
         champion=champion,
         requested_by=requested_by,
-        evidence_sha256=read_evidence_hash(settings, release),
+        evidence_sha256=read_evidence_hash(settings, release, plan),
         run_id=_run_of(settings, model, str(version)),
         forecast={"steps": [asdict(step) for step in expected]},
     )
@@ -253,7 +254,8 @@ def _run_of(settings: Settings, model: str, version: str) -> str:
 
 
 def _last_staged(settings: Settings, model: str) -> int:
-    staged = [int(row.version) for row in _entries(settings, model) if row.event == "staged"]
+    outcomes = {int(row.version): row.event for row in _entries(settings, model) if row.event.startswith("stag")}
+    staged = [version for version, event in outcomes.items() if event == "staged"]
     if not staged:
         raise Refusal(f"the model {model}", "has no version that passed in staging", way_out="`perch run` makes one")
     return max(staged)

@@ -6,11 +6,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from airflow.sdk.exceptions import AirflowFailException, AirflowSkipException
+from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException
 
 from dags.dag_support import rollout_tasks
 from dags.dag_support.candidates import describe_candidate
-from dags.dag_support.rollout_tasks import RolloutSensor, latest_candidate, pause_s
+from dags.dag_support.perch_command import CommandOutcome
+from dags.dag_support.rollout_tasks import ReleaseApprovalOperator, RolloutSensor, latest_candidate, pause_s
 from pipelines.params import ModelReleaseParams
 from pipelines.release.history import as_result
 from pipelines.release.rollout_state import Passage, RolloutState
@@ -86,6 +87,44 @@ def test_rollout__pending_without_an_answer_that_counts__fails_and_says_how_to_a
 def test_rollout__approved_in_a_freeze__waits(sensor: RolloutSensor) -> None:
     frozen = state(PENDING, waiting_for="approved, but the freeze 'year end' holds", needs_answer=False)
     assert not sensor.judge(frozen).is_done
+
+
+def weighed(monkeypatch: pytest.MonkeyPatch, exit_code: int, **decision: Any) -> ReleaseApprovalOperator:
+    """A task whose question to the engine is answered with this."""
+    monkeypatch.setattr(rollout_tasks, "run_perch", lambda *_: CommandOutcome(exit_code, decision))
+    return ReleaseApprovalOperator(task_id="request_approval", subject="digits v2")
+
+
+DENIED = {"outcome": "waiting", "approvers": [], "denials": {"anna": "anna: asked for the release; bert may"}}
+
+
+def test_approval__answer_denied_by_the_policy__is_told_and_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch, notices: list[str]
+) -> None:
+    operator = weighed(monkeypatch, 0, **DENIED)
+    with pytest.raises(AirflowException, match="asked for again; anna: asked for the release; bert may"):
+        operator._refuse_denied({"rollout_id": "r", "subject": "digits v2"}, "anna")
+    assert notices == [
+        "digits v2: an answer does not count: anna: asked for the release; bert may\nIt is asked for again."
+    ]
+    assert operator.retries > 10
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "changes"),
+    [
+        (0, {"approvers": ["anna"], "denials": {}}),  # it counts, and another one is wanted
+        (0, {"outcome": "approved", "approvers": ["anna"], "denials": {}}),
+        (0, {"outcome": "rejected", "denials": {}}),
+        (75, {}),  # the database is away: the answer stays recorded
+    ],
+)
+def test_approval__answer_that_counts_or_cannot_be_weighed__stays(
+    monkeypatch: pytest.MonkeyPatch, notices: list[str], exit_code: int, changes: dict[str, Any]
+) -> None:
+    operator = weighed(monkeypatch, exit_code, **(DENIED | changes))
+    operator._refuse_denied({"rollout_id": "r", "subject": "digits v2"}, "anna")
+    assert notices == []
 
 
 def test_latest_candidate__several_events__is_that_of_the_highest_version() -> None:

@@ -100,7 +100,7 @@ def scene(settled: Rig) -> Iterator[Scene]:  # noqa: F811
         aliases=aliases,
         approvals=answers,
         policy=PromotionPolicy(),
-        evidence=lambda release: EVIDENCE,
+        evidence=lambda release, plan: EVIDENCE,
         judge=Gates(compare),
     )
     request = ReleaseRequest(settled.second, settled.first, "scheduler", EVIDENCE)

@@ -284,11 +284,15 @@ class Simulation:
             aliases=fuse.wrap(self.aliases, "move"),
             approvals=self.answers,
             policy=self.policy,
-            evidence=lambda ref: self.evidence[ref],
+            evidence=self.evidence_of,
             judge=count_errors,
             clock=self.clock,
             pause=lambda seconds: None,
         )
+
+    def evidence_of(self, ref: ReleaseRef, plan: Plan) -> str:
+        """What is known of a release, unless it is held to another plan than this simulation's."""
+        return self.evidence[ref] if plan.params == self.params else plan.sha256
 
     def engine(self, fuse: Fuse | None = None) -> ReleaseEngine:
         self.engines += 1

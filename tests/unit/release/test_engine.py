@@ -6,6 +6,7 @@ import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ import pytest
 from pipelines.core.rollout_rows import StaleRolloutError
 from pipelines.errors import Refusal, TryLater
 from pipelines.registry import patience
+from pipelines.release.approvals import Response
 from pipelines.release.rollback import roll_back
 from pipelines.release.rollout_state import from_document
-from pipelines.release.steps import PENDING, PROMOTED, ROLLED_BACK, Phase, Step
+from pipelines.release.steps import PENDING, PROMOTED, ROLLED_BACK, Phase, Plan, Step
 from pipelines.release.targets import Routing, Slot
 from pipelines.release.watchdog import Watchdog
 from tests.unit.release.simulated_release import MODEL, QUICK, Fuse, Killed, Simulation, release
@@ -397,6 +399,32 @@ def test_advance__evidence_changed_before_and_after_the_approval__releases_nothi
     state = world.run(rollout.rollout_id)
     assert state.step == ROLLED_BACK
     assert state.reason == "the evidence changed after it was approved (eeeeeeeeeeee now)"
+
+
+def test_weigh__an_answer_not_yet_given__says_whether_it_would_count_and_changes_nothing(world: Simulation) -> None:
+    rollout = world.begin()
+    evidence = world.evidence[release(2)]
+    moment = datetime.fromtimestamp(world.clock() + 1, UTC)
+    world.clock.now += 2
+    engine = world.engine()
+    denied = engine.weigh(rollout.rollout_id, Response("scheduler", moment, True, evidence))
+    assert (denied.outcome, [denial.rule for denial in denied.denials]) == ("waiting", ["requester"])
+    assert engine.weigh(rollout.rollout_id, Response("approver", moment, True, evidence)).outcome == "approved"
+    assert world.state(rollout.rollout_id) == rollout
+
+
+def test_advance__limits_changed_after_the_approval__releases_nothing_more(world: Simulation) -> None:
+    rollout = world.begin()
+    world.answer()
+    advance_to(world, rollout.rollout_id, CANARY_10)
+    row = world.rollouts.read(rollout.rollout_id)
+    assert row is not None
+    lenient = from_document(row.document)
+    plan = Plan(lenient.plan.params.model_copy(update={"max_error_rate": 0.9}))
+    world.rollouts.save(row, replace(lenient, plan=plan).to_document(), is_open=True, force=True)
+    state = world.run(rollout.rollout_id)
+    assert state.step == ROLLED_BACK
+    assert state.reason.startswith("the evidence changed after it was approved")
 
 
 # Clocks

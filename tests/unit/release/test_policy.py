@@ -227,6 +227,6 @@ def test_policy_schema__its_file__is_what_the_code_says() -> None:
 
 
 def test_evidence_hash__any_part_changed__is_another() -> None:
-    parts = {f"{name}_sha256": "0" * 64 for name in ("registration", "model_card", "verdict", "release")}
+    parts = {f"{name}_sha256": "0" * 64 for name in ("registration", "model_card", "verdict", "release", "plan")}
     hashes = {evidence_hash(**parts)} | {evidence_hash(**{**parts, name: "1" * 64}) for name in parts}
-    assert len(hashes) == 5
+    assert len(hashes) == 6
