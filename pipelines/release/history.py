@@ -8,6 +8,9 @@ from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any
 
+from pydantic import TypeAdapter
+
+from pipelines.core.rollout_forecast import StepForecast, deviation
 from pipelines.release.rollout_state import Passage, RolloutState
 from pipelines.release.steps import PENDING, PROMOTED, ROLLED_BACK
 
@@ -72,10 +75,24 @@ def as_result(state: RolloutState) -> dict[str, Any]:
                 f"approved by {entry.approved}" if entry.approved else "",
                 f"{entry.course} requests" if entry.course else "",
                 entry.reason,
+                *describe_deviations(state),
             )
             if line
         ),
     }
+
+
+def describe_deviations(state: RolloutState) -> list[str]:
+    """How far the forecast of each step was off that the gates let pass, one line each; none where none was made.
+
+    A step's time begins with its intent, so that the shadow's holds the seconds in which the canary starts.
+    """
+    expected = {step.step: step for step in _FORECASTS.validate_python(state.forecast.get("steps", []))}
+    return [
+        deviation(expected[left.step], following.requests, (following.at - left.at) / 60)
+        for left, following in pairwise(state.passages)
+        if left.step in expected and following.step != ROLLED_BACK.name
+    ]
 
 
 def describe_step(name: str) -> str:
@@ -92,3 +109,6 @@ def _describe_course(passages: Sequence[Passage]) -> str:
         if step.step not in (PENDING.name, PROMOTED.name):
             parts.append(f"{describe_step(step.step)} {following.requests:,}")
     return " · ".join(parts)
+
+
+_FORECASTS = TypeAdapter(list[StepForecast])

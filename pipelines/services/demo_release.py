@@ -17,7 +17,7 @@ from rich.text import Text
 from pipelines.errors import PerchError, Refusal, TryLater
 from pipelines.release.airflow_approvals import AirflowApprovals, Ask
 from pipelines.release.engine import look
-from pipelines.release.history import describe_step
+from pipelines.release.history import describe_deviations, describe_step
 from pipelines.release.rollout_state import RolloutState, StepReading
 from pipelines.release.steps import PENDING, ROLLED_BACK
 from pipelines.services.airflow_client import AirflowClient
@@ -137,6 +137,8 @@ def follow_release(
     _require_promoted(state)
     if traffic.sent:
         console.print(f"      {'clients':<{_WIDTH}}{traffic.sent:,} requests in all, {traffic.failed:,} failed")
+    for title, line in zip(("forecast", "", "", "", ""), describe_deviations(state), strict=False):
+        console.print(f"      [dim]{title:<{_WIDTH}}{line}[/dim]")
     return state
 
 

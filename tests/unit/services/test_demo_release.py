@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import io
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from pipelines.params import ModelReleaseParams, override
-from pipelines.release.gates import limits_of
+from pipelines.release.gates import forecast, limits_of
+from pipelines.release.history import describe_deviations
 from pipelines.release.rollout_state import GateReading, Passage, RolloutState, StepReading
 from pipelines.release.steps import PROMOTED, ROLLED_BACK, Phase, Plan, Step
 from pipelines.services.demo_release import LIMITS, recorded_digits, step_lines
@@ -56,6 +57,20 @@ def test_lines__promoted__name_champion_and_what_is_kept_warm() -> None:
     assert lines[-1].split() == ["live", "champion:", "v2", "·", "previous", "v1", "kept", "warm"]
     first = replace(STATE, champion=None, step=PROMOTED, passages=(Passage("pending", EPOCH), passages[-1]))
     assert "no champion yet" in step_lines(first, {})[-1]
+
+
+def test_describe_deviations__of_what_was_passed__stand_beside_the_forecast() -> None:
+    steps = [asdict(step) for step in forecast(STATE.plan, requests_per_s=30, is_first=False)]
+    passages = (
+        *(Passage("pending", EPOCH), Passage("shadow", EPOCH + 60), Passage("canary@10", EPOCH + 180, requests=200)),
+        Passage("rolled_back", EPOCH + 190, requests=5),
+    )
+    (line,) = describe_deviations(replace(STATE, passages=passages, forecast={"steps": steps}))
+    expected = steps[0]["requests"]
+    assert line.startswith(
+        f"shadow: 200 requests, forecast {expected:,} ({200 / expected - 1:+.0%}); 2.0 min, forecast"
+    )
+    assert describe_deviations(STATE) == []
 
 
 def test_lines__rolled_back__do_not_call_the_last_step_promoted() -> None:
