@@ -196,8 +196,10 @@ def watchdog() -> None:
     import signal
     import threading
 
+    from pipelines.cli.models import default_params
     from pipelines.notices import send_notice
-    from pipelines.registry.aliases import find_contradictions
+    from pipelines.registry.aliases import find_alias_contradictions
+    from pipelines.registry.ledger_watch import LedgerWatch
     from pipelines.release.audit import Audit
     from pipelines.release.watchdog import Watchdog
     from pipelines.services.rollouts import open_world
@@ -207,8 +209,16 @@ def watchdog() -> None:
     settings, stop = get_settings(), threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    audit = Audit(lambda: find_contradictions(settings), send_notice)
-    threading.Thread(target=audit.run, args=(stop,), daemon=True, name="audit").start()
+
+    def compare_aliases() -> list[str]:
+        return find_alias_contradictions(settings, default_params().model_registration.candidate_alias)
+
+    # Each in its own thread: the one waits for MLflow, and the rows are looked at while that is away.
+    for audit in (
+        Audit(LedgerWatch(settings.ledger_url).find_changes, send_notice, looks=1),
+        Audit(compare_aliases, send_notice),
+    ):
+        threading.Thread(target=audit.run, args=(stop,), daemon=True, name="audit").start()
     logging.info("watching releases")
     Watchdog(open_world(settings, patient=False), _alert_aside).run(stop)
 

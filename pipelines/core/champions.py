@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipelines.core.hash_chain import Record
@@ -64,18 +64,36 @@ def candidate_by_ledger(records: Iterable[Record], model: str, present: Collecti
     return max((version for version, passed in found.items() if passed and version in present), default=None)
 
 
-def find_alias_disagreements(model: str, aliases: Mapping[str, str], by_ledger: Champions) -> list[str]:
-    """Where `champion` and `previous` point elsewhere than the ledger says, one sentence each.
+def aliases_by_ledger(
+    records: Sequence[Record], model: str, present: Collection[int], candidate_alias: str
+) -> dict[str, str | None]:
+    """Alias to version as the ledger has them; None where an alias has to be absent.
+
+    Args:
+        records: of the ledger, in their order.
+        model: name of the registered model.
+        present: versions that the registry still has.
+        candidate_alias: the alias of the version that may be released next.
+    """
+    candidate = candidate_by_ledger(records, model, present)
+    return {
+        candidate_alias: str(candidate) if candidate is not None else None,
+        **champions_by_ledger(records, model).as_aliases(),
+    }
+
+
+def find_alias_disagreements(model: str, aliases: Mapping[str, str], expected: Mapping[str, str | None]) -> list[str]:
+    """Where aliases point elsewhere than the ledger says, one sentence each.
 
     Args:
         model: name of the registered model.
         aliases: alias to version, as MLflow has them.
-        by_ledger: of `champions_by_ledger`.
+        expected: of `aliases_by_ledger`.
     """
     return [
-        f"alias {alias} of {model} points at {_name(aliases.get(alias))}, the ledger's is {_name(expected)}"
-        for alias, expected in by_ledger.as_aliases().items()
-        if aliases.get(alias) != expected
+        f"alias {alias} of {model} points at {_name(aliases.get(alias))}, the ledger's is {_name(version)}"
+        for alias, version in expected.items()
+        if aliases.get(alias) != version
     ]
 
 

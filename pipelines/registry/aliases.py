@@ -1,14 +1,13 @@
-"""MLflow's aliases `champion` and `previous`: moved by releases, and held against the ledger."""
+"""MLflow's aliases: `champion` and `previous` as releases move them, and all of them held against the ledger."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pipelines.core.champions import champions_by_ledger, find_alias_disagreements
-from pipelines.core.hash_chain import Record, find_breaks
+from pipelines.core.champions import aliases_by_ledger, find_alias_disagreements
 from pipelines.registry.connection import Mlflow, with_mlflow
 from pipelines.registry.ledger import Ledger
-from pipelines.registry.models import find_model
+from pipelines.registry.models import find_model, list_versions
 from pipelines.settings import Settings
 
 
@@ -45,8 +44,12 @@ def read_aliases(settings: Settings, model: str) -> dict[str, str]:
     return with_mlflow(settings, lambda mlflow: _read(mlflow, model))
 
 
-def find_contradictions(settings: Settings) -> list[str]:
-    """What somebody changed by hand: rows of the ledger, and aliases that disagree with it; one sentence each.
+def find_alias_contradictions(settings: Settings, candidate_alias: str) -> list[str]:
+    """Aliases that point elsewhere than the ledger says, in every model that it knows; one sentence each.
+
+    Args:
+        settings: where MLflow and the ledger are.
+        candidate_alias: the alias of the version that may be released next.
 
     Raises:
         TryLater: the ledger's database or MLflow did not answer.
@@ -56,17 +59,13 @@ def find_contradictions(settings: Settings) -> list[str]:
         records = ledger.entries()
     finally:
         ledger.close()
-    return [*find_breaks(records), *_alias_disagreements(settings, records)]
-
-
-def _alias_disagreements(settings: Settings, records: list[Record]) -> list[str]:
-    return [
-        problem
-        for model in sorted({record.model for record in records})
-        for problem in find_alias_disagreements(
-            model, read_aliases(settings, model), champions_by_ledger(records, model)
-        )
-    ]
+    problems = []
+    for model in sorted({record.model for record in records}):
+        versions = list_versions(settings, model)
+        actual = {alias: str(version.version) for version in versions for alias in version.aliases}
+        expected = aliases_by_ledger(records, model, {version.version for version in versions}, candidate_alias)
+        problems += find_alias_disagreements(model, actual, expected)
+    return problems
 
 
 def _read(mlflow: Mlflow, model: str) -> dict[str, str]:

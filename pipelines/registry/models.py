@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.core.champions import candidate_by_ledger, champions_by_ledger, find_alias_disagreements
+from pipelines.core.champions import aliases_by_ledger, find_alias_disagreements
 from pipelines.core.hash_chain import Record, missing_anchors
 from pipelines.errors import Refusal
 from pipelines.registry.connection import Mlflow, with_mlflow
@@ -196,18 +196,9 @@ def find_disagreements(
             problems.append(f"{name} is in MLflow, but the ledger has never registered it")
         elif _onnx_sha256(record) != version.tags.get("perch.onnx_sha256"):
             problems.append(f"{name} is tagged in MLflow with another model file than the ledger recorded")
-    expected = candidate_by_ledger(records, model, {version.version for version in versions})
-    actual = next((version.version for version in versions if candidate_alias in version.aliases), None)
-    if actual != expected:
-        problems.append(
-            f"alias {candidate_alias} of {model} points at {_name(actual)}, the ledger's is {_name(expected)}"
-        )
+    expected = aliases_by_ledger(records, model, {version.version for version in versions}, candidate_alias)
     aliases = {alias: str(version.version) for version in versions for alias in version.aliases}
-    return problems + find_alias_disagreements(model, aliases, champions_by_ledger(records, model))
-
-
-def _name(version: int | None) -> str:
-    return f"v{version}" if version is not None else "no version"
+    return problems + find_alias_disagreements(model, aliases, expected)
 
 
 def _onnx_sha256(record: Record) -> Any:

@@ -20,12 +20,13 @@ class Audit:
 
     Args:
         find: names every contradiction in a sentence.
-        alert: sends a title and a text to people.
+        alert: sends a title and a text to people; what it says False to is told again at the next look.
+        looks: that have to find a contradiction before it counts; 1 where there is no such moment.
     """
 
-    def __init__(self, find: Callable[[], Sequence[str]], alert: Callable[[str, str], object]) -> None:
-        self._find, self._alert = find, alert
-        self._seen: frozenset[str] = frozenset()
+    def __init__(self, find: Callable[[], Sequence[str]], alert: Callable[[str, str], object], looks: int = 2) -> None:
+        self._find, self._alert, self._looks = find, alert, looks
+        self._seen: dict[str, int] = {}
         self._told: frozenset[str] = frozenset()
 
     def run(self, stop: threading.Event, interval_s: float = INTERVAL_S) -> None:
@@ -40,13 +41,14 @@ class Audit:
 
     def check(self) -> frozenset[str]:
         """Look once; returns the contradictions that people have been told of."""
-        found = frozenset(self._find())
-        lasting, self._seen = found & self._seen, found
-        new, gone = lasting - self._told, self._told - found
+        found = self._find()
+        self._seen = {problem: self._seen.get(problem, 0) + 1 for problem in found}
+        lasting = {problem for problem, looks in self._seen.items() if looks >= self._looks}
+        new, gone = lasting - self._told, self._told - self._seen.keys()
         if new:
             text = "\n".join([*sorted(new), "what to do: docs/runbooks/on-call.md, “Ledger and aliases disagree”"])
-            self._alert("The ledger or an alias was changed by hand", text)
-        if gone:
-            self._alert("Ledger and aliases agree again", "\n".join(sorted(gone)))
-        self._told = (self._told | new) - gone
+            if self._alert("The ledger or an alias was changed by hand", text) is not False:
+                self._told |= new
+        if gone and self._alert("Ledger and aliases agree again", "\n".join(sorted(gone))) is not False:
+            self._told -= gone
         return self._told

@@ -308,3 +308,16 @@ def test_audit__moment_of_a_promotion__is_not_told() -> None:
     for _ in range(4):
         audit.check()
     assert told == []
+
+
+def test_audit__notice_that_did_not_leave__is_told_again() -> None:
+    told: list[str] = []
+    arrives = iter([False, False, True, True])
+
+    def alert(title: str, text: str) -> bool:
+        told.append(title)
+        return next(arrives)
+
+    audit = Audit(lambda: ["row 4 was changed"], alert, looks=1)
+    assert [bool(audit.check()) for _ in range(4)] == [False, False, True, True]
+    assert len(told) == 3
