@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo up down status check format test test-unit test-slow lock bench bench-serving bench-serving-large soak bench-pneumonia clean
+.PHONY: help env demo demo-faults up down status check format test test-unit test-slow images test-images lock bench bench-serving bench-serving-large soak bench-pneumonia clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 26
@@ -15,6 +15,9 @@ $(VENV)/.installed: requirements.lock pyproject.toml scripts/make-environment.sh
 
 demo: env ## Train digits for two weeks in a real Airflow and release both models (DEMO_EXIT=1 ends at once)
 	@$(BIN)/perch demo
+
+demo-faults: env ## Release five bad models on this machine, and see which gate stops each (5 minutes)
+	@$(BIN)/perch demo --faults
 
 up: env ## Start MLflow and Airflow
 	@$(BIN)/perch up
@@ -54,6 +57,11 @@ soak: env ## Thirty minutes of good, bad and slow clients, a shutdown and a kill
 	$(BIN)/python -m benchmarks.soak --minutes $(or $(SOAK_MINUTES),30)
 bench-pneumonia: env ## Five seeds on PneumoniaMNIST, beside the published table
 	$(BIN)/python benchmarks/pneumonia.py
+
+images: env ## Build the images serving, pipeline and airflow with buildah or Docker (BASE=… TAG=…)
+	@bash docker/build.sh
+test-images: env ## Build them, and run each as a cluster would (root, scripts/debian-packages.sh --images)
+	$(BIN)/pytest tests/integration/test_images.py
 
 lock: env ## Resolve pyproject.toml into requirements.lock
 	@bash scripts/make-lock.sh $(VENV)

@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
 # Installs the Debian packages that Perch and its tests need; what is there already is left alone.
 # PostgreSQL is for the tests of the ledger on a real server; Chromium for the tests that look at pages; Prometheus for
-# promtool, which checks the alert rules; wrk for the load of the serving benchmark.
+# promtool, which checks the alert rules; wrk for the load of the serving benchmark.  With --images also what builds and
+# runs the images without Docker.
 set -euo pipefail
 
 packages=(git make python3 python3-venv postgresql chromium prometheus wrk)
+if [ "${1:-}" = --images ]; then
+  packages+=(buildah podman runc crun netavark aardvark-dns debootstrap)
+fi
 
 missing=()
 for package in "${packages[@]}"; do

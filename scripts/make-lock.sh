@@ -22,3 +22,18 @@ mv requirements.lock.new requirements.lock
     --constraints requirements.lock --no-header --no-annotate
 } >serving/requirements.lock.new
 mv serving/requirements.lock.new serving/requirements.lock
+
+# The images' parts likewise; the service's is the one above.
+lock_image() {
+  local name=$1
+  shift
+  {
+    echo "# Made by \`make lock\`: what the image $name needs, in the versions of requirements.lock."
+    "$environment/bin/uv" --quiet pip compile pyproject.toml "$@" --python-version 3.11 --universal \
+      --constraints requirements.lock --no-header --no-annotate |
+      sed -E '/^torch==.*\+/d; s/^(torch==[^ ]+) ;.*/\1/; /^(nvidia-|cuda-|triton==)/{/^nvidia-ml-py/!d}'
+  } >"docker/$name.lock.new"
+  mv "docker/$name.lock.new" "docker/$name.lock"
+}
+lock_image pipeline --extra pipeline
+lock_image airflow --extra orchestration --extra release

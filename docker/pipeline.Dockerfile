@@ -1,0 +1,42 @@
+# The stages' image: everything from images to a registered and packaged model, and the `perch` command; no Airflow.
+#
+#   docker build --file docker/pipeline.Dockerfile --build-arg GIT_SHA="$(git rev-parse HEAD)" .
+ARG BASE=docker.io/library/python:3.11-slim-bookworm
+
+FROM ${BASE} AS build
+COPY docker/install.sh /build/
+COPY docker/pipeline.lock /build/requirements.lock
+RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf,required=false sh /build/install.sh /build/requirements.lock
+COPY pyproject.toml README.md LICENSE /build/source/
+COPY pipelines /build/source/pipelines
+COPY serving /build/source/serving
+COPY dags /build/source/dags
+RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf,required=false sh /build/install.sh --project /build/source
+RUN sh /build/install.sh --compile
+
+FROM ${BASE}
+ARG GIT_SHA=unknown
+ARG VERSION=0
+LABEL org.opencontainers.image.title="perch-pipeline" \
+      org.opencontainers.image.description="The stages of Perch, one process each" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${GIT_SHA}"
+COPY --from=build /opt/perch /opt/perch
+# The stage graph, the parameters and the suites are the project's, and a run copies them into its workspace.
+COPY dvc.yaml params.yaml /opt/perch/project/
+COPY expectations /opt/perch/project/expectations
+RUN ln -s /opt/perch/lib/python3.11/site-packages/pipelines /opt/perch/project/pipelines \
+    && mkdir -p /var/lib/perch && chown 10001:10001 /var/lib/perch
+USER 10001:10001
+WORKDIR /var/lib/perch
+# A commit cannot be asked for where there is no Git.
+ENV PATH=/opt/perch/bin:/usr/local/bin:/usr/bin:/bin \
+    HOME=/var/lib/perch \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PERCH_HOME=/var/lib/perch \
+    PERCH_PROJECT_DIR=/opt/perch/project \
+    PERCH_GIT_SHA=${GIT_SHA}
+VOLUME ["/var/lib/perch", "/tmp"]
+ENTRYPOINT ["perch"]
