@@ -105,23 +105,46 @@ class ReleaseApprovalOperator(ApprovalOperator):
 
         Raises:
             AirflowException: it does not count; the next try asks again.
+            AirflowFailException: the page is out of date, and Airflow keeps the first that a task of a run has shown.
         """
         user = (event.get("responded_by_user") or {}).get("id", "")
+        task = context["ti"]
         if user:  # without, the time ran out, and the answer stays no
-            self._refuse_denied(context["ti"].xcom_pull(task_ids=BEGIN), user)
+            try:
+                self._refuse_denied(task.xcom_pull(task_ids=BEGIN), user, event["responded_at"])
+            except AirflowException as denial:
+                # Airflow never changes the page of a task; a note beside it is what the next try can show.
+                words = (
+                    "approvals",
+                    "note",
+                    task.run_id,
+                    task.task_id,
+                    str(denial),
+                    "--map-index",
+                    str(task.map_index),
+                )
+                run_perch(self.hook, *words)
+                raise
         return super().execute_complete(context, event)
 
-    def _refuse_denied(self, asked: dict[str, Any], user: str) -> None:
+    def _refuse_denied(self, asked: dict[str, Any], user: str, answered_at: datetime) -> None:
         self.hook = SubprocessHook()
         weighed = run_perch(self.hook, "releases", "weigh", asked["rollout_id"], "--json")
         if weighed.exit_code != EXIT_OK:
             return  # whoever takes the steps will ask again: an answer must not be lost because a database was away
         decision = weighed.result
-        if decision["outcome"] != "waiting" or user in decision["approvers"] or user not in decision["denials"]:
+        counted = {(each["by"], datetime.fromisoformat(each["at"])) for each in decision["approvals"]}
+        if decision["outcome"] != "waiting" or (user, answered_at) in counted:
             return
-        reason = decision["denials"][user]
-        send_notice(f"{asked['subject']}: an answer does not count", f"{reason}\nIt is asked for again.")
-        raise AirflowException(f"the answer does not count, it is asked for again; {reason}")
+        denial = next((each for each in reversed(decision["denials"]) if each["responder"] == user), None)
+        if denial is None or denial["rule"] == "evidence":
+            why = denial["reason"] if denial else "it is that of an earlier release"
+            raise AirflowFailException(
+                f"{user} answered a page that is out of date: {why}\n"
+                "  what to do: trigger model_release with this version; the new run shows the page as it is now"
+            )
+        send_notice(f"{asked['subject']}: an answer does not count", f"{denial['reason']}\nIt is asked for again.")
+        raise AirflowException(f"the answer does not count, it is asked for again; {denial['reason']}")
 
     def on_kill(self) -> None:
         """End the command."""
@@ -177,7 +200,7 @@ class RolloutSensor(BaseSensorOperator):
             # Every request was answered, or was marked green without an answer: waiting longer would help nobody.
             raise AirflowFailException(
                 f"{name} is not approved; it waits for {state['waiting_for']}\n"
-                "  what to do: clear request_approval (and begin_rollout, where the evidence changed); it asks again"
+                "  what to do: clear request_approval, or trigger model_release with this version; it asks again"
             )
         return PokeReturnValue(is_done=False)
 

@@ -63,6 +63,21 @@ def show_page(
     Console().print(Markdown(f"# {page.subject}\n\n{page.body}"))
 
 
+@app.command("note")
+def leave_note(
+    run: Annotated[str, typer.Argument(help="Run of model_release.")],
+    task: Annotated[str, typer.Argument(help="Its task that asks.")],
+    text: Annotated[str, typer.Argument(help="Replaces the note before it.")],
+    map_index: Annotated[int, typer.Option("--map-index", min=-1, help="Of a mapped task.")] = -1,
+) -> None:
+    """Write a note beside a request in Airflow, such as why an answer to it does not count."""
+    from pipelines.release.airflow_approvals import AirflowApprovals
+    from pipelines.services.airflow_access import open_airflow
+    from pipelines.settings import get_settings
+
+    AirflowApprovals(open_airflow(get_settings())).leave_note(run, task, map_index, text)
+
+
 def approve(
     version: VersionArgument,
     comment: Annotated[str, typer.Option("--comment", help="Why, for the ledger.")] = "",
@@ -125,12 +140,18 @@ def _refuse_what_would_not_count(settings: Settings, ask: Ask, user: str, commen
 
     from pipelines.errors import Refusal
     from pipelines.release.approvals import Response
-    from pipelines.services.rollouts import open_engine
+    from pipelines.services.rollouts import find_rollout, open_engine
 
+    if find_rollout(settings, ask.rollout_id).is_finished:
+        raise Refusal(
+            f"the page {ask.subject!r}",
+            f"is of the release {ask.rollout_id}, which is over",
+            way_out="trigger model_release with this version: the new run shows a new page",
+        )
     answer = Response(user, datetime.now(UTC), True, ask.evidence_sha256, comment)
     decision = open_engine(settings).weigh(ask.rollout_id, answer)
-    denial = next((denial for denial in decision.denials if denial.responder == user), None)
-    if denial is not None and user not in {counted.responder for counted in decision.approvals}:
+    denial = next((denial for denial in reversed(decision.denials) if denial.responder == user), None)
+    if denial is not None and answer not in decision.approvals:
         raise Refusal(
             f"the approval by {user}",
             f"would not count: {denial.reason}",

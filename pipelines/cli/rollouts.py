@@ -120,6 +120,8 @@ def weigh(
     as_json: JsonOption = False,
 ) -> None:
     """Say what the recorded answers to a release amount to under the promotion policy; changes nothing."""
+    from dataclasses import asdict
+
     from pipelines.services.rollouts import find_rollout, open_engine
     from pipelines.settings import get_settings
 
@@ -131,8 +133,10 @@ def weigh(
         result = {
             "outcome": decision.outcome,
             "reason": decision.reason,
-            "approvers": [answer.responder for answer in decision.approvals],
-            "denials": {denial.responder: denial.reason for denial in decision.denials},
+            "approvals": [
+                {"by": answer.responder, "at": answer.responded_at.isoformat()} for answer in decision.approvals
+            ],
+            "denials": [asdict(denial) for denial in decision.denials],
         }
         typer.echo(json.dumps(result))
 

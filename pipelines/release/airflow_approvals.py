@@ -23,6 +23,7 @@ TASK_IDS = ("request_approval", "request_further_approvals")
 APPROVE, REJECT = "Approve", "Reject"  # ApprovalOperator's options
 COMMENT = "comment"
 _PAGE = 100
+_LONGEST_NOTE = 1000
 _ENDED = {"success", "failed", "skipped", "upstream_failed", "removed"}
 
 
@@ -146,6 +147,27 @@ class AirflowApprovals:
                 thing, _detail(found), limit="one answer, once", way_out="`perch approvals` lists what is open"
             )
         raise _unexpected(status, found)
+
+    def leave_note(self, run_id: str, task_id: str, map_index: int, text: str) -> None:
+        """Write a note beside a request; unlike its page, Airflow lets it change, and keeps it in the next try.
+
+        Args:
+            run_id: of the run of `model_release`.
+            task_id: of the task.
+            map_index: of the task; -1 where it is not mapped.
+            text: replaces the note before it; Airflow takes 1,000 characters.
+
+        Raises:
+            Refusal: there is no such task.
+            TryLater: Airflow does not answer.
+        """
+        path = f"/dags/{DAG_ID}/dagRuns/{quote(run_id, safe='')}/taskInstances/{quote(task_id, safe='')}"
+        mapped = f"/{map_index}" if map_index >= 0 else ""
+        status, found = self._api.call("PATCH", path + mapped, json={"note": text[:_LONGEST_NOTE]})
+        if status == HTTPStatus.NOT_FOUND:
+            raise Refusal(f"the task {task_id} of {run_id}", _detail(found), way_out="`perch approvals` lists them")
+        if status != HTTPStatus.OK:
+            raise _unexpected(status, found)
 
     def _asks(self, mark: str, filters: Mapping[str, Any]) -> Iterator[Ask]:
         offset = 0

@@ -6,7 +6,7 @@ functions here are pure; where answers come from is the business of `approvals`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, time, timedelta
 from pathlib import Path
@@ -134,7 +134,7 @@ class Decision:
     Attributes:
         outcome: approved, rejected, or waiting.
         approvals: the answers that count, one per person, first answer first.
-        denials: those that do not, each with the rule.
+        denials: those that do not, each with the rule; a second approval by the same person is one of them.
         reason: of a rejection, or what is waited for.
     """
 
@@ -171,8 +171,10 @@ def decide(policy: PromotionPolicy, request: ApprovalRequest, responses: Sequenc
                 tuple(denials),
                 f"rejected by {response.responder}: {response.comment}",
             )
+        elif response.responder in approvals:
+            denials.append(_deny_again(rule, request, response, approvals.values()))
         else:
-            approvals.setdefault(response.responder, response)
+            approvals[response.responder] = response
     given = tuple(approvals.values())
     if len(given) >= rule.min_approvals:
         if frozen := policy.frozen(request.model, now):
@@ -250,7 +252,13 @@ def _deny(rule: ModelRule, request: ApprovalRequest, response: Response, deadlin
     return None
 
 
-def _who_could(rule: ModelRule, request: ApprovalRequest, given: Sequence[Response]) -> str:
+def _deny_again(rule: ModelRule, request: ApprovalRequest, response: Response, given: Collection[Response]) -> Denial:
+    name = response.responder
+    others = f"; {_who_could(rule, request, given)} may" if len(given) < rule.min_approvals else ""
+    return Denial(name, "once", f"{name}: has approved already, and counts once{others}")
+
+
+def _who_could(rule: ModelRule, request: ApprovalRequest, given: Collection[Response]) -> str:
     """Those whose approval would count, as text."""
     out = {response.responder for response in given}
     if not rule.requester_may_approve:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any
 
@@ -95,7 +96,14 @@ def weighed(monkeypatch: pytest.MonkeyPatch, exit_code: int, **decision: Any) ->
     return ReleaseApprovalOperator(task_id="request_approval", subject="digits v2")
 
 
-DENIED = {"outcome": "waiting", "approvers": [], "denials": {"anna": "anna: asked for the release; bert may"}}
+ASKED = {"rollout_id": "r", "subject": "digits v2"}
+ANSWERED_AT = datetime(2026, 11, 20, 9, 0, 0, 5, tzinfo=UTC)
+COUNTED = [{"by": "anna", "at": "2026-11-20T09:00:00.000005+00:00"}]
+DENIED = {
+    "outcome": "waiting",
+    "approvals": [],
+    "denials": [{"responder": "anna", "rule": "requester", "reason": "anna: asked for the release; bert may"}],
+}
 
 
 def test_approval__answer_denied_by_the_policy__is_told_and_asked_for_again(
@@ -103,19 +111,41 @@ def test_approval__answer_denied_by_the_policy__is_told_and_asked_for_again(
 ) -> None:
     operator = weighed(monkeypatch, 0, **DENIED)
     with pytest.raises(AirflowException, match="asked for again; anna: asked for the release; bert may"):
-        operator._refuse_denied({"rollout_id": "r", "subject": "digits v2"}, "anna")
+        operator._refuse_denied(ASKED, "anna", ANSWERED_AT)
     assert notices == [
         "digits v2: an answer does not count: anna: asked for the release; bert may\nIt is asked for again."
     ]
     assert operator.retries > 10
 
 
+def test_approval__second_by_the_same_person__is_asked_of_another(
+    monkeypatch: pytest.MonkeyPatch, notices: list[str]
+) -> None:
+    once = {"responder": "anna", "rule": "once", "reason": "anna: has approved already; bert may"}
+    operator = weighed(monkeypatch, 0, outcome="waiting", approvals=COUNTED, denials=[once])
+    operator._refuse_denied(ASKED, "anna", ANSWERED_AT)
+    with pytest.raises(AirflowException, match="bert may"):
+        operator._refuse_denied(ASKED, "anna", ANSWERED_AT + timedelta(seconds=9))
+    assert len(notices) == 1
+
+
+@pytest.mark.parametrize(
+    "denials", [[], [{"responder": "anna", "rule": "evidence", "reason": "anna: approved evidence ab"}]]
+)
+def test_approval__of_a_page_that_is_out_of_date__fails_for_good_and_says_how_to_get_another(
+    monkeypatch: pytest.MonkeyPatch, denials: list[dict[str, str]]
+) -> None:
+    operator = weighed(monkeypatch, 0, **{**DENIED, "denials": denials})
+    with pytest.raises(AirflowFailException, match="trigger model_release with this version"):
+        operator._refuse_denied(ASKED, "anna", ANSWERED_AT)
+
+
 @pytest.mark.parametrize(
     ("exit_code", "changes"),
     [
-        (0, {"approvers": ["anna"], "denials": {}}),  # it counts, and another one is wanted
-        (0, {"outcome": "approved", "approvers": ["anna"], "denials": {}}),
-        (0, {"outcome": "rejected", "denials": {}}),
+        (0, {"approvals": COUNTED, "denials": []}),  # it counts, and another one is wanted
+        (0, {"outcome": "approved", "approvals": COUNTED, "denials": []}),
+        (0, {"outcome": "rejected", "denials": []}),
         (75, {}),  # the database is away: the answer stays recorded
     ],
 )
@@ -123,7 +153,7 @@ def test_approval__answer_that_counts_or_cannot_be_weighed__stays(
     monkeypatch: pytest.MonkeyPatch, notices: list[str], exit_code: int, changes: dict[str, Any]
 ) -> None:
     operator = weighed(monkeypatch, exit_code, **(DENIED | changes))
-    operator._refuse_denied({"rollout_id": "r", "subject": "digits v2"}, "anna")
+    operator._refuse_denied(ASKED, "anna", ANSWERED_AT)
     assert notices == []
 
 

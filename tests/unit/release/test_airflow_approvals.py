@@ -148,3 +148,14 @@ def test_answer__of_a_mapped_task_whose_run_has_a_colon__goes_to_its_address() -
         "request_further_approvals/1/hitlDetails",
         {"chosen_options": ["Reject"], "params_input": {"comment": "wrong on 7"}},
     )
+
+
+def test_leave_note__long_one__is_cut_to_what_airflow_takes() -> None:
+    airflow = Airflow()
+    AirflowApprovals(airflow).leave_note("asset__2026-11-21T09:00:00+00:00", "request_approval", -1, "x" * 3000)
+    AirflowApprovals(airflow).leave_note("r", "request_further_approvals", 0, "again")
+    path = "/dags/model_release/dagRuns/asset__2026-11-21T09%3A00%3A00%2B00%3A00/taskInstances/request_approval"
+    assert airflow.calls[0] == ("PATCH", path, {"note": "x" * 1000})
+    assert airflow.calls[1][1].endswith("/dagRuns/r/taskInstances/request_further_approvals/0")
+    with pytest.raises(Refusal, match="request_approval of r"):
+        AirflowApprovals(Airflow(status=404)).leave_note("r", "request_approval", -1, "x")

@@ -76,6 +76,8 @@ def test_decide__two_people_are_asked__one_who_answers_twice_is_one() -> None:
     decision = weigh(answer("ann"), answer("ann", 1.5), rule=rule)
     assert (decision.outcome, len(decision.approvals)) == ("waiting", 1)
     assert decision.reason.startswith("1 approval by bob or cid")
+    assert [denial.rule for denial in decision.denials] == ["once"]
+    assert decision.denials[0].reason == "ann: has approved already, and counts once; bob or cid may"
     assert weigh(answer("ann"), answer("bob"), rule=rule).outcome == "approved"
 
 
