@@ -93,9 +93,18 @@ def demo(
         bool,
         typer.Option("--exit", envvar="DEMO_EXIT", help="End at the end, with a status code, instead of staying up."),
     ] = False,
+    faults: Annotated[
+        bool, typer.Option("--faults", help="Release five bad models instead, and see what stops each; ends by itself.")
+    ] = False,
 ) -> None:
     """Train digits for two consecutive weeks in a real Airflow and release both models, all on this machine."""
-    from pipelines.services.demo import run_demo
     from pipelines.settings import get_settings
+
+    if faults:
+        from pipelines.services.demo_faults import run_faults
+
+        run_faults(get_settings())
+        return
+    from pipelines.services.demo import run_demo
 
     run_demo(get_settings(), stay=not exit_)

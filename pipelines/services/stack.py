@@ -117,12 +117,19 @@ class Stack:
             [tool("supervisord"), "--configuration", str(config)], check=True, cwd=self.folder, env=self._environment()
         )
 
-    def open_to_clients(self, report: Report) -> None:
-        """Start Envoy and what the slots hold, before the rest: that takes half a minute."""
-        envoy = envoy_program(self.settings, self.ports())
-        self._start(envoy, report)
+    def open_to_clients(self, report: Report, *programs: Program) -> None:
+        """Start Envoy and what the slots hold, before the rest: that takes half a minute.
+
+        Args:
+            report: takes one line per step.
+            programs: of those that are supervised, to be started at the same time.
+        """
+        started = (envoy_program(self.settings, self.ports()), *programs)
+        for program in started:
+            self._start(program, report)
         self.target.resume()
-        self._wait_healthy(envoy)
+        for program in started:
+            self._wait_healthy(program)
 
     def down(self) -> bool:
         """End every service and whatever they left; True when there was something to end."""

@@ -7,6 +7,7 @@ import logging
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -14,6 +15,9 @@ from pipelines.core.results import StageResult
 from pipelines.core.workspace import Workspace
 from pipelines.params import Params
 from pipelines.settings import Settings
+
+if TYPE_CHECKING:
+    from pipelines.release.service_code import ServiceCode
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +82,9 @@ def run(params: Params, workspace: Workspace) -> ModelPackagingResult:
     )
 
 
-def package_version(settings: Settings, model: str, version: int, *, make_key: bool = False) -> Package:
+def package_version(
+    settings: Settings, model: str, version: int, *, make_key: bool = False, code: ServiceCode | None = None
+) -> Package:
     """Build, sign, store and record a release.  Killed anywhere and called again, it ends as if it had not been.
 
     Args:
@@ -86,6 +92,7 @@ def package_version(settings: Settings, model: str, version: int, *, make_key: b
         model: name of the registered model.
         version: its version.
         make_key: make the default signing key where there is none.
+        code: the service; by default that of this installation.
 
     Raises:
         Refusal: the version is not what was registered, or there is no key.
@@ -105,7 +112,7 @@ def package_version(settings: Settings, model: str, version: int, *, make_key: b
     key, key_made = signing_key(settings, make=make_key)
     if key_made:
         logger.warning("made the signing key %s (id %s)", key.private, key.key_id)
-    code = find_service_code()
+    code = code or find_service_code()
     with tempfile.TemporaryDirectory(prefix="perch-release-") as temporary:
         folder = Path(temporary)
         files = fetch_version(settings, model, version, folder)

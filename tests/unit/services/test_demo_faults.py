@@ -1,0 +1,115 @@
+"""What the demo of faults says of a release that was stopped, and when it counts as stopped as it should be."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from pipelines.params import ModelReleaseParams, override
+from pipelines.release.rollout_state import Passage, RolloutState
+from pipelines.release.steps import PROMOTED, ROLLED_BACK, Plan
+from pipelines.services.demo_faults import LIMITS, Stopped, _describe, describe_outcome, render_summary
+from pipelines.services.faulty_releases import CRASHES, ERRORS, FAULTS, LABELS, SLOW, TAMPERED
+from tests.unit.release.simulated_release import EPOCH, release
+
+LATENCY = "latency: p95 716 ms, 4 of 11 (36.4 %) slower than the limit of 500 ms, allowed 5 %"
+REFUSAL = "refused: the release 9bb799eb5a7e…: was changed: its bytes have SHA-256 f458daa206ca…"
+NOT_STARTED = f"it does not start: the service in the slot canary: ended while starting; the last lines:\n{REFUSAL}\n "
+
+
+def stopped(reason: str, *steps: str, requests: int = 0) -> RolloutState:
+    """A rollout that was rolled back out of the last of these steps."""
+    passages = tuple(Passage(step, EPOCH) for step in ("pending", *steps))
+    return RolloutState(
+        "m:2:d:1",
+        release(2),
+        release(1),
+        Plan(ModelReleaseParams()),
+        "demo",
+        EPOCH,
+        "5d" * 32,
+        step=ROLLED_BACK,
+        reason=reason,
+        passages=(*passages, Passage("rolled_back", EPOCH, reason, requests)),
+    )
+
+
+def draw(renderable: object) -> str:
+    file = io.StringIO()
+    Console(file=file, width=80).print(renderable)
+    return file.getvalue()
+
+
+def test_outcome__of_a_breach_in_the_shadow__names_gate_step_and_copies() -> None:
+    outcome = describe_outcome(SLOW, stopped(LATENCY, "shadow", requests=311), 0.6, 800, 0)
+    assert (outcome.gate, outcome.step, outcome.requests, outcome.rollback_s) == ("latency", "shadow", 311, 0.6)
+    assert outcome.as_it_should
+    line = draw(render_summary([outcome])).splitlines()[1]
+    assert line.split("  ")[0] == "slow"
+    assert " ".join(line.split()) == "slow latency shadow 311 copies 0.6 s 0 of 800 failed"
+
+
+def test_outcome__of_a_changed_file__is_the_signature_before_any_step() -> None:
+    outcome = describe_outcome(TAMPERED, stopped(NOT_STARTED, "shadow"), None, 200, 0)
+    assert (outcome.gate, outcome.step, outcome.reason) == ("signature", "before any", REFUSAL)
+    assert outcome.as_it_should
+    assert "not needed" in draw(render_summary([outcome]))
+
+
+def test_outcome__of_another_cause_that_it_does_not_start__is_not_the_signature() -> None:
+    outcome = describe_outcome(TAMPERED, stopped("it does not start: no memory", "shadow"), None, 200, 0)
+    assert outcome.gate != "signature"
+    assert not outcome.as_it_should
+
+
+@pytest.mark.parametrize(
+    ("outcome", "why"),
+    [
+        (describe_outcome(SLOW, stopped(LATENCY, "shadow", "canary@10"), 0.4, 800, 0), "after the shadow"),
+        (describe_outcome(ERRORS, stopped(LATENCY, "shadow"), 0.4, 800, 0), "by another gate"),
+        (describe_outcome(SLOW, stopped(LATENCY, "shadow"), 0.4, 800, 1), "with a client's request failed"),
+        (describe_outcome(SLOW, stopped(LATENCY, "shadow"), 5.1, 800, 0), "later than promised"),
+        (describe_outcome(LABELS, stopped("labels: worst label 1", "shadow"), 0.4, 800, 0), "by a gate beside it"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_outcome__stopped_otherwise__is_not_as_it_should(outcome: Stopped, why: str) -> None:
+    assert outcome.gate
+    assert not outcome.as_it_should, why
+
+
+def test_outcome__promoted__was_stopped_by_nothing() -> None:
+    state = stopped("", "shadow", "canary@10", "promoted")
+    state = replace(state, step=PROMOTED, passages=state.passages[:-1])
+    outcome = describe_outcome(CRASHES, state, 0.0, 800, 0)
+    assert (outcome.gate, outcome.step) == ("", "promoted")
+    assert not outcome.as_it_should
+    assert "nothing" in draw(render_summary([outcome]))
+
+
+def test_summary__of_all_faults__fits_a_terminal_of_80_columns() -> None:
+    outcomes = [
+        describe_outcome(fault, stopped(LATENCY, "shadow", requests=2032), 12.3, 12_345, 12) for fault in FAULTS
+    ]
+    outcomes.append(describe_outcome(TAMPERED, stopped(NOT_STARTED, "shadow"), None, 12_345, 0))
+    lines = draw(render_summary(outcomes)).splitlines()
+    assert len(lines) == 1 + len(outcomes)  # none is wrapped
+    assert all(line.rstrip().endswith("failed") for line in lines[1:])
+
+
+def test_description__of_a_reason_with_brackets__keeps_them_and_its_column() -> None:
+    reason = f"agreement: 74 of 126 mirrored requests, 0.587 [0.452, 0.717], at least 0.9; {LATENCY}"
+    lines = draw(_describe(describe_outcome(LABELS, stopped(reason, "shadow"), 0.9, 600, 0))).splitlines()
+    assert lines[0].startswith("    shadow     ✓ agreement: ")
+    assert "[0.452, 0.717]" in " ".join(lines)
+    assert all(line.startswith(" " * 15) for line in lines[1:] if line.strip())
+
+
+def test_limits__of_the_demo__are_keys_of_a_release() -> None:
+    changed = override({"model_release": ModelReleaseParams().model_dump(mode="json")}, LIMITS)
+    params = ModelReleaseParams.model_validate(changed["model_release"])
+    assert params.shadow
+    assert params.max_error_rate == 0.02
