@@ -96,7 +96,8 @@ class Stopped:
         """Whether the gate made for it stopped it in time, before any client got an answer of it."""
         was_quick = self.rollback_s is None or self.rollback_s <= MOST_ROLLBACK_S
         in_shadow = self.step in ("shadow", "before any")
-        return self.gate == self.fault.gate and in_shadow and was_quick and self.failed == 0
+        by_its_gate = self.gate in (self.fault.gate, *self.fault.beside)
+        return by_its_gate and in_shadow and was_quick and self.failed == 0
 
 
 class _DemoAnswers:

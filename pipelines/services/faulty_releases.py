@@ -45,6 +45,7 @@ class Fault:
         name: one word.
         description: what it does, for a person.
         gate: that is made for it.
+        beside: gates that look at the same thing in another way, any of which may see enough first.
         unseen: why staging lets it pass.
         code: what the service does from its `SOUND_IMAGES`-th image on, one statement; empty where it is sound.
     """
@@ -54,6 +55,7 @@ class Fault:
     gate: str
     unseen: str = f"begins after {SOUND_IMAGES} images of a process"
     code: str = ""
+    beside: tuple[str, ...] = ()
 
 
 SLOW = Fault(
@@ -73,6 +75,7 @@ LABELS = Fault(
     "trained where 3 and 8, and 1 and 7, had each other's name",
     "agreement",
     "quick, and right by its own test images",
+    beside=("labels", "scores"),
 )
 CRASHES = Fault("crashes", "each process of the service ends", "crashes", code="os._exit(1)")
 TAMPERED = Fault(

@@ -72,13 +72,19 @@ def test_outcome__of_another_cause_that_it_does_not_start__is_not_the_signature(
         (describe_outcome(ERRORS, stopped(LATENCY, "shadow"), 0.4, 800, 0), "by another gate"),
         (describe_outcome(SLOW, stopped(LATENCY, "shadow"), 0.4, 800, 1), "with a client's request failed"),
         (describe_outcome(SLOW, stopped(LATENCY, "shadow"), 5.1, 800, 0), "later than promised"),
-        (describe_outcome(LABELS, stopped("labels: worst label 1", "shadow"), 0.4, 800, 0), "by a gate beside it"),
+        (describe_outcome(SLOW, stopped("scores: differ", "shadow"), 0.4, 800, 0), "by one that is beside another's"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_outcome__stopped_otherwise__is_not_as_it_should(outcome: Stopped, why: str) -> None:
     assert outcome.gate
     assert not outcome.as_it_should, why
+
+
+def test_outcome__stopped_by_a_gate_on_the_same_thing__is_as_it_should() -> None:
+    outcome = describe_outcome(LABELS, stopped("scores: probabilities differ by 0.4", "shadow"), 0.4, 800, 0)
+    assert outcome.gate == "scores"
+    assert outcome.as_it_should
 
 
 def test_outcome__promoted__was_stopped_by_nothing() -> None:
