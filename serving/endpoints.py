@@ -13,6 +13,7 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.responses import Response
 
+from pipelines.core.prediction_columns import CLIENT, MIRROR, SHADOW_HEADER
 from pipelines.core.prediction_ids import new_prediction_id, time_of
 from serving.admission import Admission
 from serving.api import Endpoint, Exchange
@@ -248,6 +249,7 @@ class Endpoints:
                 n_bytes=len(data),
                 caller=exchange.caller.name if exchange.caller else "",
                 duration_ms=1000 * (time.perf_counter() - exchange.started),
+                origin=MIRROR if SHADOW_HEADER in exchange.request.headers else CLIENT,
             )
         )
         probabilities = dict(zip(self._labels, answer.probabilities, strict=True))

@@ -29,6 +29,7 @@ class PredictionRecord:
         n_bytes: of the encoded image.
         caller: name of the key or subject of the token.
         duration_ms: from the request's arrival to its answer.
+        origin: `client`, or `mirror` where the gateway sent a copy, whose answer nobody got.
     """
 
     prediction_id: str
@@ -46,6 +47,7 @@ class PredictionRecord:
     n_bytes: int
     caller: str
     duration_ms: float
+    origin: str = "client"
 
 
 @dataclass(slots=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import date, timedelta
 from typing import TYPE_CHECKING, Any
 
+from pipelines.core.prediction_columns import CLIENT
 from pipelines.core.prediction_layout import FEEDBACK, feedback_path, predictions_path
 from serving.prediction_journal import JournalContent
 from serving.prediction_records import JournalHeader
@@ -103,7 +104,7 @@ def _read_rows(content: JournalContent, kind: str) -> pa.Table:
     else:
         fields = {
             **dict.fromkeys(("prediction_id", "request_id", "endpoint", "label"), text),
-            **dict.fromkeys(("image_sha256", "format", "mode", "caller"), text),
+            **dict.fromkeys(("image_sha256", "format", "mode", "caller", "origin"), text),
             "time": moment,
             **dict.fromkeys(("width_px", "height_px", "n_bytes"), pa.int64()),
             **dict.fromkeys(("confidence", "duration_ms"), pa.float64()),
@@ -155,6 +156,7 @@ def _predictions_table(rows: pa.Table, header: JournalHeader) -> pa.Table:
         "n_bytes": rows["n_bytes"],
         "caller": rows["caller"],
         "duration_ms": rows["duration_ms"].cast(pa.float32()),
+        "origin": pc.fill_null(rows["origin"], CLIENT),  # a journal of the version before has none
     }
     return pa.table(columns)
 

@@ -39,6 +39,14 @@ class CountedBy(StrEnum):
     ENDPOINT = "endpoint"
 
 
+class Origin(StrEnum):
+    """Whose requests."""
+
+    CLIENT = "client"
+    MIRROR = "mirror"
+    ALL = "all"
+
+
 def list_predictions(
     last: Annotated[int, typer.Option("--last", min=1, help="How many of the newest to list.")] = 20,
     model: Annotated[str, typer.Option("--model", help="Only this model's.")] = "",
@@ -49,6 +57,9 @@ def list_predictions(
     max_confidence: Annotated[
         float | None, typer.Option("--max-confidence", min=0, max=1, help="Only where the model was at most this sure.")
     ] = None,
+    origin: Annotated[
+        Origin, typer.Option("--origin", help="Only what clients asked, or copies of it that a canary got, or all.")
+    ] = Origin.CLIENT,
     count: Annotated[CountedBy | None, typer.Option("--count", help="Count them by this instead of listing.")] = None,
     accuracy: Annotated[
         bool, typer.Option("--accuracy", help="Hold them against the feedback instead of listing.")
@@ -81,6 +92,7 @@ def list_predictions(
         caller=caller,
         since=parse_since(since, now) if since else None,
         max_confidence=max_confidence,
+        origin="" if origin is Origin.ALL else origin.value,
     )
     store = open_store(get_settings())
     with Predictions(store) as predictions:

@@ -25,7 +25,12 @@ PREDICTION_COLUMNS = {
     "n_bytes": "BIGINT",
     "caller": "VARCHAR",
     "duration_ms": "FLOAT",
+    "origin": "VARCHAR",
 }
+
+# Whose a request was: a client's, or the mirror's, whose answer nobody got.  Files without the column hold clients'.
+CLIENT, MIRROR = "client", "mirror"
+SHADOW_HEADER = "x-perch-shadow"  # on copies alone: the gateway takes it from what clients send
 
 FEEDBACK_COLUMNS = {
     "prediction_id": "VARCHAR",

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.core.prediction_columns import FEEDBACK_COLUMNS, PREDICTION_COLUMNS
+from pipelines.core.prediction_columns import CLIENT, FEEDBACK_COLUMNS, PREDICTION_COLUMNS
 from pipelines.core.prediction_ids import time_of
 from pipelines.core.prediction_layout import FEEDBACK, PREDICTIONS, PredictionFile
 from pipelines.errors import Refusal, TryLater
@@ -48,6 +48,7 @@ class Filter:
         caller: name of the key or subject of the token.
         since: earliest time, UTC, without a zone.
         max_confidence: largest probability of the predicted label.
+        origin: whose the request was, by default a client's: copies of requests were answered to nobody.
     """
 
     model: str = ""
@@ -56,6 +57,7 @@ class Filter:
     caller: str = ""
     since: datetime | None = None
     max_confidence: float | None = None
+    origin: str = CLIENT
 
     @property
     def selection(self) -> Selection:
@@ -71,6 +73,7 @@ class Filter:
             "caller = ?": self.caller or None,
             "time >= ?": self.since,
             "confidence <= ?::float": self.max_confidence,
+            "origin = ?": self.origin or None,
         }
         given = {condition: value for condition, value in conditions.items() if value is not None}
         return " and ".join(given) or "true", list(given.values())
@@ -216,12 +219,15 @@ class Predictions:
 
 def _view(name: str, paths: Iterable[Path], columns: Mapping[str, str]) -> str:
     listed = ", ".join("'" + str(path).replace("'", "''") + "'" for path in paths)
+    source = "select " + ", ".join(f"null::{kind} as {column}" for column, kind in columns.items()) + " where false"
     if listed:
-        source = f"select * from read_parquet([{listed}], hive_partitioning = false)"  # noqa: S608
-    else:
-        nothing = ", ".join(f"null::{kind} as {column}" for column, kind in columns.items())
-        source = f"select {nothing} where false"
-    return f"create view {name} as select * replace (time at time zone 'UTC' as time) from ({source})"  # noqa: S608
+        # Files of an earlier version have fewer columns.
+        files = f"read_parquet([{listed}], hive_partitioning = false, union_by_name = true)"
+        source += f" union all by name select * from {files}"  # noqa: S608
+    replaced = "time at time zone 'UTC' as time"
+    if "origin" in columns:
+        replaced += f", coalesce(origin, '{CLIENT}') as origin"
+    return f"create view {name} as select * replace ({replaced}) from ({source})"  # noqa: S608
 
 
 def _ask(connection: DuckDBPyConnection, sql: str, values: list[Any]) -> Answer:

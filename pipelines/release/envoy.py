@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipelines.core.image_limits import DEFAULT_MAX_BODY_BYTES
+from pipelines.core.prediction_columns import SHADOW_HEADER
 from pipelines.release.local_layout import HOST, LocalLayout, LocalPorts
 from pipelines.release.local_plan import PRODUCTION_PROCESSES, Plan
 from pipelines.release.targets import Slot
 
 ROUTES = "clients"  # the route table's name
-SHADOW_HEADER = "x-perch-shadow"  # on copies alone; Envoy also appends `-shadow` to their host
 _PLAN = "perch"
 _TYPE = "type.googleapis.com/envoy."
 _PROBLEM_JSON = "application/problem+json"
@@ -128,6 +128,7 @@ def _route(plan: Plan) -> dict[str, Any]:
         action["request_mirror_policies"] = [
             {
                 "cluster": plan.slots[Slot.CANARY].process,
+                # Envoy also appends `-shadow` to their host.
                 "request_headers_mutations": [
                     {
                         "append": {

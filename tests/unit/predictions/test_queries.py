@@ -4,6 +4,7 @@ from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from pyarrow import parquet
 
 from pipelines.core.prediction_columns import FEEDBACK_COLUMNS, PREDICTION_COLUMNS
 from pipelines.core.prediction_ids import first_id_at, new_prediction_id
@@ -91,6 +92,25 @@ def test_latest__filters__take_only_what_fits(predictions, keep) -> None:
     assert ids(predictions.latest(Filter(caller="b"), 9)) == [doubtful]
     since = (MONDAY + timedelta(seconds=1)).replace(tzinfo=None)
     assert len(predictions.latest(Filter(since=since), 9).rows) == 3
+
+
+def test_latest__copies_that_a_canary_got__are_left_out_unless_asked_for(predictions, keep) -> None:
+    asked = keep(MONDAY, ["circle"] * 2)
+    copied = keep(MONDAY, ["square"], version="2", origin="mirror")
+    assert set(ids(predictions.latest(Filter(), 10))) == set(asked)
+    assert ids(predictions.latest(Filter(origin="mirror"), 10)) == copied
+    assert len(predictions.latest(Filter(origin=""), 10).rows) == 3
+    assert predictions.count(Filter(), "label").records()[0]["predictions"] == 2
+
+
+def test_latest__file_of_before_there_was_the_column__reads_as_clients(predictions, keep, root) -> None:
+    old = keep(MONDAY, ["circle"])
+    (file,) = root.rglob("*.parquet")
+    parquet.write_table(parquet.read_table(file).drop_columns("origin"), file)
+    assert ids(predictions.latest(Filter(), 10)) == old
+    new = keep(MONDAY + DAY, ["circle"])
+    found = predictions.latest(Filter(), 10)
+    assert (set(ids(found)), {row["origin"] for row in found.records()}) == ({*old, *new}, {"client"})
 
 
 def test_count__by_each_key__adds_up(predictions, keep) -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from pipelines.core.api_keys import ApiKeyFile, Scope, new_key, write_keys
+from pipelines.core.prediction_columns import SHADOW_HEADER
 from pipelines.core.prediction_ids import new_prediction_id
 from serving import release as release_module
 from serving.problems import MEDIA_TYPE
@@ -264,3 +265,16 @@ def test_shutdown__predictions_answered__are_all_in_the_store(
     files = list((tmp_path / "predictions").rglob("*.parquet"))
     kept = {row["prediction_id"] for file in files for row in pq.ParquetFile(file).read().to_pylist()}
     assert kept == answered
+
+
+def test_prediction__of_a_copy_that_the_gateway_sent__is_kept_as_such(
+    client: TestClient, make_image: MakeImage, tmp_path: Path
+) -> None:
+    import pyarrow.parquet as pq
+
+    client.post("/v1/predict", content=make_image())
+    client.post("/v1/predict", content=make_image(), headers={SHADOW_HEADER: "1"})
+    client.__exit__(None, None, None)
+    client.__enter__()
+    files = (tmp_path / "predictions").rglob("*.parquet")
+    assert sorted(pq.ParquetFile(file).read()["origin"].to_pylist() for file in files)[0] == ["client", "mirror"]
