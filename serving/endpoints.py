@@ -17,6 +17,7 @@ from pipelines.core.prediction_columns import CLIENT, MIRROR, SHADOW_HEADER
 from pipelines.core.prediction_ids import new_prediction_id, time_of
 from serving.admission import Admission
 from serving.api import Endpoint, Exchange
+from serving.api_page import render_api_page
 from serving.classification import Classification, Classifier
 from serving.explainer import Explainer
 from serving.metrics import CONTENT_TYPE, ServiceMetrics
@@ -77,6 +78,7 @@ class Endpoints:
         self._model = {"name": manifest.model, "version": manifest.version}
         self._described = orjson.dumps(manifest.model_dump(mode="json"))
         self._openapi = orjson.dumps(describe_api(manifest, settings))
+        self._page, self._page_headers = render_api_page(manifest)
         self.ready = False
 
     def table(self) -> dict[str, dict[str, Endpoint]]:
@@ -88,7 +90,8 @@ class Endpoints:
             "/v1/feedback": {"POST": Endpoint(self.feedback, "feedback")},
             "/v1/model": {"GET": Endpoint(self.model, "model")},
             "/v1/openapi.json": {"GET": Endpoint(self.openapi)},
-            "/docs.json": {"GET": Endpoint(self.openapi)},  # where BentoML's page at / looks for it
+            "/": {"GET": Endpoint(self.page)},
+            "/docs.json": {"GET": Endpoint(self.openapi)},  # where the page looks for it
             "/livez": {"GET": Endpoint(self.livez), "HEAD": Endpoint(self.livez)},
             "/readyz": {"GET": Endpoint(self.readyz), "HEAD": Endpoint(self.readyz)},
             "/metrics": {"GET": Endpoint(self.metrics, "metrics")},
@@ -121,7 +124,7 @@ class Endpoints:
                 raise Problem(INVALID_FIELD, f"The form has no field `image`{_named(parts)}; add one for each image.")
             assert exchange.caller is not None  # noqa: S101 - the endpoint has a scope
             if len(images) > 1:  # the request itself was charged as one
-                self._rate_limiter.take(exchange.caller, len(images) - 1)
+                self._rate_limiter.take(exchange.caller, len(images) - 1, taken=1)
             with self._admission.work():
                 answers = await self._classifier.classify_many(images)
                 results = [
@@ -193,6 +196,10 @@ class Endpoints:
     async def openapi(self, _exchange: Exchange) -> Response:
         """Describe the API."""
         return Response(self._openapi, media_type=JSON)
+
+    async def page(self, _exchange: Exchange) -> Response:
+        """Show the API to a person."""
+        return Response(self._page, headers=self._page_headers, media_type="text/html; charset=utf-8")
 
     async def livez(self, _exchange: Exchange) -> Response:
         """Say that the process answers at all."""

@@ -17,6 +17,7 @@ from serving.settings import get_serving_settings
 
 MAX_HEAD_BYTES = 2**16  # beside one read from the socket, which is parsed before it is counted
 MAX_HEADERS = 128  # trailers among them
+LINGER_S = 5.0  # for the rest of a body that was refused; a close would take the answer along, which is on its way
 LAST_REQUEST_S = 0.5  # at the server's end an idle connection may bring one more request in this time
 _FRAMING_BYTES = 16  # per byte of a chunked body; the smallest chunk needs 6
 
@@ -31,6 +32,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     _raw_bytes = 0  # of the open message, without those that came together with its beginning
     _body_bytes = 0
     _head_timer: asyncio.TimerHandle | None = None
+    _linger_timer: asyncio.TimerHandle | None = None
     _ends = False  # the next answer is the last
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -41,6 +43,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Wait no longer."""
         self._cancel_wait()
+        self._cancel_linger()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -86,7 +89,19 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """The whole request is there."""
         self._open = False
+        self._cancel_linger()
         super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """The answer is out; what is still coming of its request is read and thrown away, for a while."""
+        super().on_response_complete()
+        if self._open and not self.transport.is_closing():
+            self._linger_timer = self.loop.call_later(LINGER_S, self.transport.close)
+
+    def _cancel_linger(self) -> None:
+        if self._linger_timer is not None:
+            self._linger_timer.cancel()
+            self._linger_timer = None
 
     def shutdown(self) -> None:
         """The server ends: say so with the last answer.

@@ -38,7 +38,12 @@ def describe_api(manifest: ReleaseManifest, settings: ServingSettings) -> dict[s
                     "type": "object",
                     "required": ["image"],
                     "properties": {
-                        "image": {"type": "string", "minLength": 1, "contentMediaType": "application/octet-stream"}
+                        "image": {
+                            "type": "string",
+                            "minLength": 1,
+                            "format": "binary",
+                            "contentMediaType": "application/octet-stream",
+                        }
                     },
                     "maxProperties": MAX_FORM_PARTS,
                 },
@@ -60,7 +65,11 @@ def describe_api(manifest: ReleaseManifest, settings: ServingSettings) -> dict[s
                             "type": "array",
                             "minItems": 1,
                             "maxItems": settings.max_batch_items,
-                            "items": {"type": "string", "contentMediaType": "application/octet-stream"},
+                            "items": {
+                                "type": "string",
+                                "format": "binary",
+                                "contentMediaType": "application/octet-stream",
+                            },
                         }
                     },
                 },

@@ -95,12 +95,13 @@ class RateLimiter:
         shared = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
         return cls(settings.rate_limits_dir or (Path(shared) if shared else None))
 
-    def take(self, caller: Caller, cost: float = 1.0) -> Standing:
+    def take(self, caller: Caller, cost: float = 1.0, *, taken: float = 0.0) -> Standing:
         """Take `cost` units, or say when they will be there.
 
         Args:
             caller: whose bucket.
             cost: units; a batch costs its number of items.
+            taken: that the same request has cost already.
 
         Raises:
             Problem: RATE_LIMITED with `Retry-After`; TOO_LARGE when the bucket could never hold so much.
@@ -108,11 +109,11 @@ class RateLimiter:
         rate, burst = caller.rate_per_s, caller.burst
         if math.isinf(rate):
             return _UNLIMITED
-        if cost > burst:
+        if cost + taken > burst:
             raise Problem(
                 TOO_LARGE,
-                f"This request counts as {cost:g} and this credential may use {burst} at once: send at most {burst} "
-                "images in one request, or have the credential's burst raised.",
+                f"This request counts as {cost + taken:g} and this credential may use {burst} at once: send at most "
+                f"{burst} images in one request, or have the credential's burst raised.",
             )
         window_s = burst / rate
         caller_hash = _hash(caller.bucket or caller.name)
@@ -140,7 +141,7 @@ class RateLimiter:
                     fcntl.lockf(self._handle, fcntl.LOCK_UN, _ROW.size, offset)
         if granted:
             return Standing(burst, window_s, max(0.0, (window_s - ahead_s) * rate), ahead_s)
-        raise _refusal(caller, cost, ahead_s - window_s, ahead_s - cost / rate)
+        raise _refusal(caller, cost + taken, ahead_s - window_s, ahead_s - cost / rate)
 
     def close(self) -> None:
         """Let go of the file."""

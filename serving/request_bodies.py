@@ -12,7 +12,8 @@ from starlette.requests import Request
 from serving.admission import Admission
 from serving.problems import BAD_REQUEST, REQUEST_TIMEOUT, TOO_LARGE, Problem
 
-# What comes after a refusal is a body that nobody will read: the connection is of no use any more.
+# Whoever waits to be told that the body is welcome may send it yet, or the next request: which, nobody can tell.
+# A body that is on its way is read away instead (`http_protocol`): a close would take the answer along.
 _CLOSE = {"Connection": "close"}
 
 
@@ -48,7 +49,7 @@ async def read_body(request: Request, admission: Admission, *, max_bytes: int, t
     """
     length = request.headers.get("content-length")
     if length is not None and int(length) > max_bytes:
-        raise _too_large(f"{int(length):,}", max_bytes)
+        raise _too_large(f"{int(length):,}", max_bytes, closes="expect" in request.headers)
     taken = 0
     try:
         async with asyncio.timeout(timeout_s):
@@ -61,7 +62,7 @@ async def read_body(request: Request, admission: Admission, *, max_bytes: int, t
                 admission.take_bytes(len(chunk))
                 taken += len(chunk)
                 if taken > max_bytes:
-                    raise _too_large("more", max_bytes)
+                    raise _too_large("more", max_bytes, closes=False)
                 chunks.append(chunk)
                 if not message.get("more_body", False):
                     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
@@ -157,10 +158,10 @@ class _PartReader:
         self.finished = True
 
 
-def _too_large(found: str, max_bytes: int) -> Problem:
+def _too_large(found: str, max_bytes: int, *, closes: bool) -> Problem:
     return Problem(
         TOO_LARGE,
         f"The body has {found} bytes (limit: {max_bytes:,}); send a smaller image.",
-        headers=_CLOSE,
+        headers=_CLOSE if closes else {},
         limit_bytes=max_bytes,
     )

@@ -62,7 +62,7 @@ class PerchService(bentoml.Service):  # type: ignore[misc]
         bentoml_app: ASGIApp = super().to_asgi(is_main)
 
         async def front_door(scope: Scope, receive: Receive, send: Send) -> None:
-            if scope["type"] == "http" and not scope["path"].startswith(_BENTOML_PATHS) and scope["path"] != "/":
+            if scope["type"] == "http" and not scope["path"].startswith(_BENTOML_PATHS):
                 await self.inner.current.api(scope, receive, send)
             else:
                 await bentoml_app(scope, receive, send)

@@ -362,3 +362,11 @@ def test_local_target__slots_with_traffic__are_neither_replaced_nor_removed(sett
     with pytest.raises(Refusal, match="not ready"):
         target.route(Routing(10))
     assert target.state().routing == Routing()
+
+
+def test_clients__body_that_is_too_large__are_told_so_through_envoy_each_time(settled: Rig) -> None:
+    url = f"{settled.target.client_url()}/v1/predict"
+    headers = {"X-API-Key": ensure_demo_key(settled.settings), "Content-Type": "image/png"}
+    with httpx.Client(timeout=30, headers=headers) as client:
+        codes = {client.post(url, content=bytes(11_000_000)).status_code for _ in range(40)}
+    assert codes == {413}

@@ -3,6 +3,8 @@
 import io
 import json
 import logging
+import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +21,13 @@ from serving.settings import get_serving_settings
 from tests.unit.serving.conftest import MakeImage
 
 SCOPES = {"all": tuple(Scope), "predictor": (Scope.PREDICT,), "slow": (Scope.PREDICT,)}
+
+
+PAGE_PARTS = [
+    "static_content/favicon-light-32x32.png",
+    "static_content/swagger-ui.css",
+    "static_content/swagger-ui-bundle.js",
+]
 
 
 @pytest.fixture
@@ -113,10 +122,28 @@ def test_unknown_path_and_method__are_404_and_405(client: TestClient) -> None:
     assert refused.headers["allow"] == "POST"
 
 
-def test_predict__body_over_the_limit__is_413_and_closes(client: TestClient) -> None:
+def test_predict__body_over_the_limit__is_413_and_closes_where_nobody_knows_what_comes_next(client: TestClient) -> None:
     response = client.post("/v1/predict", content=bytes(20_001))
     assert_problem(response, 413, "too-large")
+    assert "connection" not in response.headers  # the rest is read away
+    response = client.post("/v1/predict", content=bytes(20_001), headers={"Expect": "100-continue"})
+    assert_problem(response, 413, "too-large")
     assert response.headers["connection"] == "close"
+
+
+def test_predict_batch__one_more_than_the_burst__is_413_at_once(
+    client: TestClient, make_image: MakeImage, tmp_path: Path
+) -> None:
+    key, record = new_key("small", (Scope.PREDICT,), rate_per_s=1.0, burst=3)
+    file = tmp_path / "api-keys.json"
+    keys = ApiKeyFile.model_validate_json(file.read_text())
+    write_keys(file, ApiKeyFile(keys=(*keys.keys, record)))
+    deadline = time.monotonic() + 10
+    while client.get("/v1/model", headers={"X-API-Key": key}).status_code == 401:  # the file is looked at each second
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    images = [("image", make_image(seed=seed)) for seed in range(4)]
+    assert_problem(client.post("/v1/predict/batch", files=images, headers={"X-API-Key": key}), 413, "too-large")
 
 
 @pytest.mark.parametrize(
@@ -243,14 +270,19 @@ def test_openapi__every_address_of_the_api__is_described(client: TestClient) -> 
         (path, method.lower())
         for path, methods in service.inner.current.api.endpoints.items()
         for method in methods
-        if method != "HEAD" and path not in {"/docs.json", "/v1/openapi.json", "/metrics"}
+        if method != "HEAD" and path not in {"/", "/docs.json", "/v1/openapi.json", "/metrics"}
     }
     described = {(path, method) for path, item in document["paths"].items() for method in item}
     assert described == served
 
 
 def test_page__at_the_root__shows_the_api(client: TestClient) -> None:
-    assert "swagger" in client.get("/").text
+    page = client.get("/")
+    assert "swagger" in page.text
+    assert re.findall(r"(?:src|href)=\"([^\"]+)\"", page.text) == PAGE_PARTS
+    for part in PAGE_PARTS:
+        assert client.get(f"/{part}").status_code == 200
+    assert "default-src 'self'" in page.headers["content-security-policy"]
     assert client.get("/docs.json").json() == client.get("/v1/openapi.json").json()
 
 
