@@ -74,7 +74,7 @@ class Stopped:
         fault: what was wrong.
         gate: that stopped it; empty where it was promoted.
         step: in which, e.g. `shadow`.
-        requests: that the canary had got in that step.
+        requests: that the canary had got in that step, when the gate had seen enough.
         rollback_s: seconds from the last look that found no breach to the traffic being back; None where none ever went
             to the canary.
         sent: requests of clients meanwhile.
@@ -98,6 +98,21 @@ class Stopped:
         in_shadow = self.step in ("shadow", "before any")
         by_its_gate = self.gate in (self.fault.gate, *self.fault.beside)
         return by_its_gate and in_shadow and was_quick and self.failed == 0
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one look at the gates has found.
+
+    Attributes:
+        began: seconds since the epoch.
+        requests: that the canary had got in the step.
+        found_breach: whether a gate said roll back.
+    """
+
+    began: float
+    requests: int
+    found_breach: bool
 
 
 class _DemoAnswers:
@@ -248,13 +263,16 @@ def _release(settings: Settings, stack: Stack, fault: Fault, digest: str, report
         if fault is TAMPERED:
             flip_byte(settings, digest)
         with _advancing(settings, state.rollout_id):
-            state, rollback_s = _follow(settings, state, traffic, report)
-    return describe_outcome(fault, state, rollback_s, traffic.sent, traffic.failed)
+            state, looks = _follow(settings, state, traffic, report)
+    return describe_outcome(fault, state, looks, traffic.sent, traffic.failed)
 
 
-def describe_outcome(fault: Fault, state: RolloutState, rollback_s: float | None, sent: int, failed: int) -> Stopped:
-    """What stopped a release, from where it ended."""
+def describe_outcome(fault: Fault, state: RolloutState, looks: Sequence[Look], sent: int, failed: int) -> Stopped:
+    """What stopped a release, from where it ended and what was seen on the way."""
     passed, last = state.passages[-2:]
+    # A rollback's passage is written once the traffic has moved; a look that began later saw an emptied slot.
+    before = [look for look in looks if look.began < last.at]
+    sound_at = max((look.began for look in before if not look.found_breach), default=passed.at if looks else None)
     is_stopped = last.step == "rolled_back"
     not_started = state.reason.startswith("it does not start: ")
     # The service's own last words are the reason there.
@@ -266,8 +284,8 @@ def describe_outcome(fault: Fault, state: RolloutState, rollback_s: float | None
         gate=gate if is_stopped else "",
         # A canary that does not start has not reached the step that it was to enter.
         step="before any" if not_started else describe_step(passed.step if is_stopped else last.step),
-        requests=last.requests,
-        rollback_s=rollback_s,
+        requests=max([last.requests, *(look.requests for look in before)]),
+        rollback_s=None if sound_at is None else last.at - sound_at,
         sent=sent,
         failed=failed,
         reason=refusal if is_signature else state.reason,
@@ -276,30 +294,27 @@ def describe_outcome(fault: Fault, state: RolloutState, rollback_s: float | None
 
 def _follow(
     settings: Settings, state: RolloutState, traffic: DemoTraffic, report: Callable[[str], None]
-) -> tuple[RolloutState, float | None]:
-    """Look until it is over.
+) -> tuple[RolloutState, list[Look]]:
+    """Look until it is over, or a breach is found and it is over.
 
     Returns:
-        The state at its end, and the seconds from the last look that found no breach to the traffic being back; None
-        where none ever went to the canary.
+        The state at its end, and the looks at which the canary said something.
     """
     world = _world(settings)
-    sound_at: float | None = None
-    found_breach = False
+    looks: list[Look] = []
     deadline = time.monotonic() + _LIMIT_S
     while not state.is_finished:
         if time.monotonic() > deadline:
             raise TryLater(f"{state.rollout_id} neither ended nor went on\n  what to do: try again")
         with suppress(TryLater):
-            if state.step.is_watched and state.settled and not found_breach:
-                began = time.time()
-                found_breach = look(world, state)[1].verdict == ROLL_BACK
-                sound_at = sound_at if found_breach and sound_at else began
+            if state.step.is_watched and state.settled and not (looks and looks[-1].found_breach):
+                began, reading = time.time(), look(world, state)[1]
+                if reading.gates:
+                    looks.append(Look(began, reading.requests, reading.verdict == ROLL_BACK))
             state = find_rollout(settings, state.rollout_id)
             report(f"{_where(state)} · {traffic.sent:,} requests of clients, {traffic.failed:,} failed")
         time.sleep(_LOOK_EVERY_S)
-    # A rollback's passage is written once the traffic has moved.
-    return state, max(0.0, state.passages[-1].at - sound_at) if sound_at else None
+    return state, looks
 
 
 def _where(state: RolloutState) -> str:
