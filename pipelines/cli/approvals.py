@@ -33,7 +33,7 @@ def list_approvals(context: typer.Context) -> None:
     from pipelines.settings import get_settings
 
     settings, console = get_settings(), wide_console()
-    asks = AirflowApprovals(open_airflow(settings)).open_asks()
+    asks = _undecided(settings, AirflowApprovals(open_airflow(settings)).open_asks())
     if not asks:
         console.print("Nothing waits for an approval.")
         return
@@ -124,12 +124,12 @@ def _open_asks(settings: Settings, model: str, version: int) -> list[Ask]:
     from pipelines.release.airflow_approvals import AirflowApprovals
     from pipelines.services.airflow_access import open_airflow
 
-    asks = AirflowApprovals(open_airflow(settings)).open_asks(model, str(version))
+    asks = _undecided(settings, AirflowApprovals(open_airflow(settings)).open_asks(model, str(version)))
     if not asks:
         raise Refusal(
             f"the release of {model} v{version}",
             "waits for no answer",
-            way_out="`perch approvals` lists what does; `perch ledger` what was decided",
+            way_out="`perch approvals` lists what does, `perch releases` what became of it; the DAG model_release asks",
         )
     return asks
 
@@ -158,6 +158,14 @@ def _refuse_what_would_not_count(settings: Settings, ask: Ask, user: str, commen
             limit=f"the promotion policy, rule {denial.rule}",
             way_out="`perch approvals page` shows what is asked; `--as USER` answers as another",
         )
+
+
+def _undecided(settings: Settings, asks: list[Ask]) -> list[Ask]:
+    """Without the requests of releases that ended meanwhile: an answer to one of these would change nothing."""
+    from pipelines.services.rollouts import list_rollouts
+
+    ended = {state.rollout_id for state in list_rollouts(settings) if state.is_finished}
+    return [ask for ask in asks if ask.rollout_id not in ended]
 
 
 def _answer(settings: Settings, ask: Ask, user: str, *, approve: bool, comment: str) -> None:

@@ -53,7 +53,8 @@ def render_rollout(state: RolloutState, actual: TargetState | None, reading: Ste
 
     since = datetime.fromtimestamp(state.entered_at, UTC)
     head = Text(state.release.model, style="bold")
-    champion = f"champion v{state.champion.version}" if state.champion else "no champion yet"
+    serves = state.release if state.step.name == "promoted" else state.champion
+    champion = f"champion v{serves.version}" if serves else "no champion yet"
     if state.step.is_watched:
         at = "in the shadow" if state.step.percent == 0 else f"at {state.step.percent} %"
         doing = f"canary v{state.release.version} {at} since {since:%H:%M:%S}"
@@ -69,7 +70,7 @@ def render_rollout(state: RolloutState, actual: TargetState | None, reading: Ste
         lines.append(_render_gates(reading))
         lines.append(Text(f"  stable     {reading.stable_requests:,} requests in the same window"))
         lines.append(Text(f"  {_describe_next(state, reading, now)}", style=_STYLES.get(reading.verdict, "")))
-    if state.waiting_for:
+    if state.waiting_for and not state.is_finished:
         lines.append(Text(f"  waits for {state.waiting_for}", style="yellow"))
     if state.reason:
         lines.append(Text(f"  {state.reason}", style="red"))

@@ -72,6 +72,11 @@ def begin(
     typer.echo(f"{state.rollout_id}  asked for by {state.requested_by}, evidence {state.evidence_sha256[:12]}")
     for step in state.forecast.get("steps", []):
         typer.echo(f"  {step['sentence']}")
+    if not as_json and state.step.name == "pending":
+        typer.echo(
+            f"  nobody is asked yet: trigger the DAG model_release with version {state.release.version} in Airflow; it "
+            "asks the approvers, and moves the release then"
+        )
     if as_json:
         page = write_approval_page(settings, state)
         asked = {
@@ -134,7 +139,8 @@ def weigh(
             "outcome": decision.outcome,
             "reason": decision.reason,
             "approvals": [
-                {"by": answer.responder, "at": answer.responded_at.isoformat()} for answer in decision.approvals
+                {"by": answer.responder, "at": answer.responded_at.isoformat(), "source": answer.source}
+                for answer in decision.approvals
             ],
             "denials": [asdict(denial) for denial in decision.denials],
         }

@@ -27,6 +27,7 @@ def serve(
     from pipelines.settings import get_settings
 
     settings = get_settings()
+    _refuse_taken(port)
     packaged = require_packaged_version(
         settings, model or default_params().model_name, parse_version(version) if version else None
     )
@@ -35,3 +36,14 @@ def serve(
     typer.echo(f"{packaged.model} v{packaged.version} · release {packaged.digest[:12]} · {address}")
     typer.echo(f'try it: curl -F image=@IMAGE {address}/v1/predict -H "X-API-Key: {ensure_demo_key(settings)}"')
     os.execve(command[0], [*command, "--port", str(port)], environment)  # noqa: S606
+
+
+def _refuse_taken(port: int) -> None:
+    """What is announced must be ours: a key sent to another program's port is a key given away."""
+    from pipelines.errors import Refusal
+    from pipelines.services.stack import is_free
+
+    if not is_free(port):
+        raise Refusal(
+            f"port {port}", "is taken by another program", limit="a free TCP port", way_out="choose one with --port"
+        )

@@ -77,6 +77,7 @@ def run_demo(settings: Settings, *, stay: bool) -> None:
         f"[bold]Perch demo[/bold] · everything stays in {home}/ and ends with {'Ctrl-C' if stay else 'the demo'}"
     )
     stack = Stack(settings)
+    was_up = bool(stack.status())
     # `kill` must end the services as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -103,9 +104,13 @@ def run_demo(settings: Settings, *, stay: bool) -> None:
     except KeyboardInterrupt:
         console.print()
     finally:
-        with console.status("ending the services"):
-            stack.down()
-    console.print("Services ended; [bold]perch up[/bold] starts them again with everything in place.")
+        if not was_up:
+            with console.status("ending the services"):
+                stack.down()
+    if was_up:
+        console.print("The services were up before, and stay so; [bold]perch down[/bold] ends them.")
+    else:
+        console.print("Services ended; [bold]perch up[/bold] starts them again with everything in place.")
 
 
 def _start(stack: Stack, console: Console) -> Ports:
@@ -209,6 +214,7 @@ def _show_predictions(stack: Stack, console: Console, ports: Ports) -> None:
     console.print(f"Try it   {command}", soft_wrap=True)
     console.print(f"Ask why  perch why {answer['prediction_id']}")
     _print_why(stack.settings, console, answer["prediction_id"])
+    console.print("Break it make demo-faults")
 
 
 def _print_why(settings: Settings, console: Console, prediction_id: str) -> None:

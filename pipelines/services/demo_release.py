@@ -36,7 +36,7 @@ LIMITS = {
 REQUESTS_PER_S = 30.0
 _COMMENT = "the demo's own answer"
 _ASK_LIMIT_S = 240.0
-_WIDTH = 10
+_WIDTH = 13
 
 
 class DemoTraffic:
@@ -122,8 +122,9 @@ def follow_release(
     if state is None:
         raise TryLater(f"the release of v{version} is gone\n  what to do: `perch releases`")
     if state.is_finished:
+        # Also where somebody took it back since: that was said then, and what serves now is shown below.
         _print_steps(console, state)
-        return _require_promoted(state)
+        return state
     traffic = DemoTraffic(settings, uri)
     if state.is_first:
         state = _watch(settings, console, state, None)
@@ -235,7 +236,8 @@ def _numbers(step: str, reading: StepReading | None) -> str:
     else:
         # Up to where the sentence turns to the stable slot, or to the requests beyond the limit.
         parts = [texts.get("errors", "").split(";")[0], texts.get("latency", "").split(",")[0]]
-    shown = " · ".join(part for part in parts if part)
+    # The last look at a step may have been a moment before the one that let it pass.
+    shown = " · ".join(part for part in parts if part and not part.startswith("no verdict without"))
     return f"\n      {'':<{_WIDTH}}{shown}" if shown else ""
 
 

@@ -28,7 +28,7 @@ from pipelines.release.gates import Gates, forecast
 from pipelines.release.local_target import LocalTarget
 from pipelines.release.policy import EVERY_MODEL, ModelRule, PromotionPolicy, load_policy
 from pipelines.release.rollout_state import RolloutState, from_document
-from pipelines.release.steps import Plan
+from pipelines.release.steps import ROLLED_BACK, Plan
 from pipelines.release.targets import ReleaseRef, ReleaseTarget, Slot
 from pipelines.release.world import World
 from pipelines.settings import Settings
@@ -157,7 +157,24 @@ def write_approval_page(settings: Settings, state: RolloutState) -> ApprovalPage
     steps = [str(step["sentence"]) for step in state.forecast.get("steps", [])]
     if changed := describe_changes(state.plan.params, load_params(settings.project_dir / "params.yaml").model_release):
         steps.append(f"This release is not held to params.yaml: {changed}.")
+    if before := _describe_rollbacks(settings, state):
+        steps.insert(0, before)
     return write_page(settings, policy, request, champion=champion, forecast=steps)
+
+
+def _describe_rollbacks(settings: Settings, state: RolloutState) -> str:
+    """That the same version was taken back before, and why the last time; empty where it was not."""
+    taken_back = [
+        (other.passages[-1].at, other.reason)
+        for other in list_rollouts(settings, state.release.model)
+        if other.release.version == state.release.version and other.step == ROLLED_BACK and other.passages
+    ]
+    if not taken_back:
+        return ""
+    at, reason = max(taken_back)
+    times = "once" if len(taken_back) == 1 else f"{len(taken_back)} times"
+    moment = f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M} UTC"
+    return f"**This version was taken back {times} before**, last on {moment}: {reason}."
 
 
 def describe_changes(params: ModelReleaseParams, usual: ModelReleaseParams) -> str:

@@ -310,8 +310,8 @@ def choose_ports() -> Ports:
         variable = f"PERCH_{name.upper()}_PORT"
         asked = os.environ.get(variable)
         if asked is None:
-            chosen[name] = preferred if _is_free(preferred) else any_free_port()
-        elif asked.isdigit() and 0 < int(asked) < 65536 and _is_free(int(asked)):
+            chosen[name] = preferred if is_free(preferred) else any_free_port()
+        elif asked.isdigit() and 0 < int(asked) < 65536 and is_free(int(asked)):
             chosen[name] = int(asked)
         else:
             raise Refusal(
@@ -331,7 +331,7 @@ def _choose_local_ports(home: Path, clients: int) -> LocalPorts:
     look at the same ports.
     """
     first = 20_000 + int(sha256(str(home).encode()).hexdigest(), 16) % 11_000
-    free = (port for port in range(first, 32_768) if port != clients and _is_free(port))
+    free = (port for port in range(first, 32_768) if port != clients and is_free(port))
     return LocalPorts(
         clients=clients,
         admin=next(free),
@@ -339,7 +339,8 @@ def _choose_local_ports(home: Path, clients: int) -> LocalPorts:
     )
 
 
-def _is_free(port: int) -> bool:
+def is_free(port: int) -> bool:
+    """Whether a server could listen at a TCP port of the loopback interface."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
