@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 # A worker that takes its time to end, under a real arbiter with a real listening socket.
@@ -64,8 +65,12 @@ def arbiter_over(folder: Path, *, changed: bool) -> Iterator[tuple["subprocess.P
         try:
             yield arbiter, port
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(arbiter.pid, signal.SIGKILL)
+            # The arbiter first, which would start another worker; its workers have sessions of their own.
+            workers = [] if arbiter.poll() is not None else psutil.Process(arbiter.pid).children(recursive=True)
+            arbiter.kill()
+            for worker in workers:
+                with suppress(psutil.NoSuchProcess):
+                    worker.kill()
 
 
 def read_pid(arbiter: "subprocess.Popen[bytes]") -> int:
