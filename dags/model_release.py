@@ -14,6 +14,7 @@ from dags.dag_support.candidates import candidate_asset
 from dags.dag_support.default_args import default_args
 from dags.dag_support.project import PROJECT_DIR
 from dags.dag_support.rollout_tasks import (
+    ASK_AGAIN,
     BEGIN,
     COMMENT,
     BeginRolloutOperator,
@@ -57,6 +58,7 @@ with DAG(
         assigned_users=assigned,
         params=COMMENT,
         doc_md="One more for each further person that the promotion policy wants.",
+        **ASK_AGAIN,
     ).expand(subject=name_further_approvals(begin.output))
     release = RolloutSensor(
         task_id="roll_out",

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 BEGIN = "begin_rollout"
 # With an empty string as its default, Airflow would grey both buttons out.
 COMMENT = {"comment": Param(None, type=["null", "string"], title="Comment", description="Needed to reject.")}
-_MOST_ANSWERS = 100  # that do not count, before it gives up asking
-_ASK_AGAIN_AFTER = timedelta(seconds=5)
+# Up to a hundred answers that do not count.  For `.partial`, too: of a mapped task, Airflow reads its tries there.
+ASK_AGAIN = {"retries": 100, "retry_delay": timedelta(seconds=5), "retry_exponential_backoff": False}
 _LONGEST_PAUSE_S = 30.0
 _LONGEST_ROLLOUT = timedelta(days=30)  # a freeze may hold one up; its own limits end it long before
 
@@ -80,25 +80,43 @@ class ReleaseApprovalOperator(ApprovalOperator):
     """
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(
-            body="{{ ti.xcom_pull(task_ids='" + BEGIN + "')['body'] }}",
-            defaults=self.REJECT,
+        own = {
+            "body": "{{ ti.xcom_pull(task_ids='" + BEGIN + "')['body'] }}",
+            "defaults": self.REJECT,
             # A rejection must not skip what records it.
-            ignore_downstream_trigger_rules=False,
-            response_timeout=_LONGEST_ROLLOUT,
-            retries=_MOST_ANSWERS,
-            retry_delay=_ASK_AGAIN_AFTER,
-            retry_exponential_backoff=False,
-            **kwargs,
-        )
+            "ignore_downstream_trigger_rules": False,
+            "response_timeout": _LONGEST_ROLLOUT,
+        }
+        super().__init__(**{**kwargs, **ASK_AGAIN, **own})
         self.hook: SubprocessHook | None = None
 
-    def execute(self, context: Context) -> None:
-        """Ask, until the deadline."""
-        asked = context["ti"].xcom_pull(task_ids=BEGIN)
+    def execute(self, context: Context) -> Any:
+        """Ask, until the deadline; in a later try only where no answer to this request counts yet."""
+        task = context["ti"]
+        asked = task.xcom_pull(task_ids=BEGIN)
+        if task.try_number > 1 and (option := self._find_answer(asked, task)):
+            answer = {"chosen_options": [option], "params_input": {}, "responded_by_user": None}
+            return super().execute_complete(context, {**answer, "responded_at": datetime.now(UTC)})
         left = datetime.fromisoformat(asked["deadline"]) - datetime.now(UTC)
         self.response_timeout = max(left, timedelta(seconds=1))
-        super().execute(context)
+        return super().execute(context)
+
+    def _find_answer(self, asked: dict[str, Any], task: Any) -> str:
+        """What was answered in the try before, as far as it counts; asking again would wipe it out.
+
+        Where an answer comes within seconds of the question, Airflow's scheduler may take the end of the process that
+        asked for that of the one that goes on with the answer, and tries the task again.
+        """
+        self.hook = SubprocessHook()
+        weighed = run_perch(self.hook, "releases", "weigh", asked["rollout_id"], "--json")
+        if weighed.exit_code != EXIT_OK:
+            return ""
+        if weighed.result["outcome"] == "rejected":
+            return str(self.REJECT)
+        mapped = f"/{task.map_index}" if task.map_index >= 0 else ""
+        source = f"airflow:{task.dag_id}/{task.run_id}/{task.task_id}{mapped}"
+        counted = source in {each["source"] for each in weighed.result["approvals"]}
+        return str(self.APPROVE) if counted else ""
 
     def execute_complete(self, context: Context, event: dict[str, Any]) -> Any:
         """Take the answer, unless the policy denies it.

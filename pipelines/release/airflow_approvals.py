@@ -84,6 +84,12 @@ class Ask:
         return f"/dags/{DAG_ID}/dagRuns/{run}/taskInstances/{task}/{self.map_index}/hitlDetails"
 
     @property
+    def source(self) -> str:
+        """Where its answer is recorded, for the ledger."""
+        mapped = f"/{self.map_index}" if self.map_index >= 0 else ""
+        return f"airflow:{DAG_ID}/{self.run_id}/{self.task_id}{mapped}"
+
+    @property
     def page(self) -> str:
         """Of its page, below Airflow's address."""
         mapped = f"/mapped/{self.map_index}" if self.map_index >= 0 else ""
@@ -109,7 +115,7 @@ class AirflowApprovals:
                 approves=ask.option == APPROVE,
                 evidence_sha256=ask.evidence_sha256,
                 comment=ask.comment,
-                source=f"airflow:{DAG_ID}/{ask.run_id}/{ask.task_id}",
+                source=ask.source,
             )
             for ask in self._asks(request.rollout_id, {"response_received": True})
             if ask.rollout_id == request.rollout_id and ask.answered_at is not None and ask.option

@@ -98,7 +98,8 @@ def weighed(monkeypatch: pytest.MonkeyPatch, exit_code: int, **decision: Any) ->
 
 ASKED = {"rollout_id": "r", "subject": "digits v2"}
 ANSWERED_AT = datetime(2026, 11, 20, 9, 0, 0, 5, tzinfo=UTC)
-COUNTED = [{"by": "anna", "at": "2026-11-20T09:00:00.000005+00:00"}]
+SOURCE = "airflow:model_release/r/request_approval"
+COUNTED = [{"by": "anna", "at": "2026-11-20T09:00:00.000005+00:00", "source": SOURCE}]
 DENIED = {
     "outcome": "waiting",
     "approvals": [],
@@ -155,6 +156,35 @@ def test_approval__answer_that_counts_or_cannot_be_weighed__stays(
     operator = weighed(monkeypatch, exit_code, **(DENIED | changes))
     operator._refuse_denied(ASKED, "anna", ANSWERED_AT)
     assert notices == []
+
+
+def test_approval__of_a_further_person__is_made_as_airflow_makes_it_and_asks_again_as_often() -> None:
+    from dags.model_release import dag
+
+    mapped = dag.get_task("request_further_approvals")
+    made = mapped.unmap({"subject": "digits v2 (2 of 2)"})
+    assert isinstance(made, ReleaseApprovalOperator)
+    assert (mapped.retries, made.retries) == (100, 100)
+    assert (made.defaults, made.retry_exponential_backoff) == (["Reject"], False)
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "changes", "map_index", "option"),
+    [
+        (0, {"outcome": "approved", "approvals": COUNTED}, -1, "Approve"),
+        (0, {"approvals": COUNTED}, -1, "Approve"),  # and another one is wanted
+        (0, {"approvals": COUNTED}, 0, ""),  # that was the answer to another request
+        (0, {"outcome": "rejected"}, -1, "Reject"),
+        (0, {}, -1, ""),
+        (75, {}, -1, ""),
+    ],
+)
+def test_approval__tried_again__finds_the_answer_that_counts(
+    monkeypatch: pytest.MonkeyPatch, exit_code: int, changes: dict[str, Any], map_index: int, option: str
+) -> None:
+    operator = weighed(monkeypatch, exit_code, **(DENIED | changes))
+    task = SimpleNamespace(dag_id="model_release", run_id="r", task_id="request_approval", map_index=map_index)
+    assert operator._find_answer(ASKED, task) == option
 
 
 def test_latest_candidate__several_events__is_that_of_the_highest_version() -> None:
