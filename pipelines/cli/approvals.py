@@ -140,14 +140,8 @@ def _refuse_what_would_not_count(settings: Settings, ask: Ask, user: str, commen
 
     from pipelines.errors import Refusal
     from pipelines.release.approvals import Response
-    from pipelines.services.rollouts import find_rollout, open_engine
+    from pipelines.services.rollouts import open_engine
 
-    if find_rollout(settings, ask.rollout_id).is_finished:
-        raise Refusal(
-            f"the page {ask.subject!r}",
-            f"is of the release {ask.rollout_id}, which is over",
-            way_out="trigger model_release with this version: the new run shows a new page",
-        )
     answer = Response(user, datetime.now(UTC), True, ask.evidence_sha256, comment)
     decision = open_engine(settings).weigh(ask.rollout_id, answer)
     denial = next((denial for denial in reversed(decision.denials) if denial.responder == user), None)
