@@ -55,6 +55,7 @@ class LocalLayout:
         self.routes_folder = self.folder / "routes"  # Envoy watches the folder
         self.routes_file = self.routes_folder / "routes.json"
         self.lock_file = self.folder / "lock"
+        self.deployments_lock_file = self.folder / "deployments.lock"
 
     def started_file(self, process: str) -> Path:
         """What a slot's process notes when it starts."""

@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from pipelines.errors import Refusal, TryLater
@@ -36,7 +37,8 @@ from pipelines.settings import Settings
 _IN_FORCE_LIMIT_S = 15.0  # Envoy is back 1 s after a kill, and takes a new file within 60 ms
 _NUDGE_S = 2.0
 _ROUTABLE_LIMIT_S = 10.0
-_LOCK_LIMIT_S = 120.0  # of a deployment, which ends a service first
+_CHANGE_LIMIT_S = 30.0  # Envoy may have to come back first
+_DEPLOYMENT_LIMIT_S = 120.0  # it ends a service first
 _ASK_LIMIT_S = 3.0
 _LOG_LINES = 15
 _MOST_STARTS = 5  # of a service that was not ready in between: some 20 s
@@ -65,8 +67,8 @@ class LocalTarget:
 
     def resume(self) -> None:
         """Start the services that the plan has, end those that it has not; returns before they are ready."""
-        with self._changing() as plan:
-            self._align(plan)
+        with self._moving_services():
+            self._align(self._read_plan())
 
     # ReleaseTarget
 
@@ -81,13 +83,20 @@ class LocalTarget:
 
     def deploy(self, slot: Slot, release: ReleaseRef) -> None:
         """Put a release into a slot; its service verifies it before it unpacks or loads anything of it."""
-        with self._changing() as plan:
+        with self._moving_services():
+            plan = self._read_plan()
             there = plan.slots.get(slot)
             if there is None or there.release != release:
-                changed = plan.deployed(slot, release, _count_workers(slot))
-                self._stop(changed.slots[slot].process)
-                self._layout.started_file(changed.slots[slot].process).unlink(missing_ok=True)
-                plan = self._write(changed)
+                workers = _count_workers(slot)
+                process = plan.deployed(slot, release, workers).slots[slot].process
+                # A service that finishes what it is answering takes its time, and traffic may have to move meanwhile.
+                self._stop(process)
+                self._layout.started_file(process).unlink(missing_ok=True)
+                with self._changing() as plan:
+                    changed = plan.deployed(slot, release, workers)
+                    if changed.slots[slot].process != process:
+                        raise TryLater(f"the slot {slot} became another service meanwhile\n  what to do: try again")
+                    plan = self._write(changed)
             self._align(plan)
 
     def wait_ready(self, slot: Slot, timeout_s: float) -> None:
@@ -154,9 +163,10 @@ class LocalTarget:
 
     def remove(self, slot: Slot) -> None:
         """End what is in a slot; it finishes what it is answering."""
-        with self._changing() as plan:
-            if slot in plan.slots:
-                plan = self._write(plan.removed(slot))
+        with self._moving_services():
+            with self._changing() as plan:
+                if slot in plan.slots:
+                    plan = self._write(plan.removed(slot))
             self._align(plan)
 
     def client_url(self) -> str:
@@ -203,15 +213,27 @@ class LocalTarget:
 
     @contextmanager
     def _changing(self) -> Iterator[Plan]:
-        """One change at a time; the kernel frees the lock of who is killed."""
+        """One change of the plan at a time: milliseconds, for traffic that must move waits for nothing else."""
+        with self._alone(self._layout.lock_file, _CHANGE_LIMIT_S):
+            yield self._read_plan()
+
+    @contextmanager
+    def _moving_services(self) -> Iterator[None]:
+        """One deployment at a time: seconds, while a service ends or starts."""
+        with self._alone(self._layout.deployments_lock_file, _DEPLOYMENT_LIMIT_S):
+            yield
+
+    @contextmanager
+    def _alone(self, file: Path, limit_s: float) -> Iterator[None]:
+        """Hold a lock, which the kernel takes from who is killed."""
         self._layout.folder.mkdir(parents=True, exist_ok=True)
-        with self._layout.lock_file.open("w") as lock:
-            deadline = time.monotonic() + _LOCK_LIMIT_S
+        with file.open("w") as lock:
+            deadline = time.monotonic() + limit_s
             while not _try_lock(lock.fileno()):
                 if time.monotonic() > deadline:
                     raise TryLater("another change to the slots is under way\n  what to do: try again")
                 time.sleep(0.02)
-            yield self._read_plan()
+            yield
 
     def _align(self, plan: Plan) -> None:
         """Bring the processes in line with the plan."""

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -370,3 +371,24 @@ def test_clients__body_that_is_too_large__are_told_so_through_envoy_each_time(se
     with httpx.Client(timeout=30, headers=headers) as client:
         codes = {client.post(url, content=bytes(11_000_000)).status_code for _ in range(40)}
     assert codes == {413}
+
+
+def test_route__during_a_deployment__waits_for_nothing(settled: Rig) -> None:
+    settled.target.deploy(Slot.CANARY, settled.second)
+    settled.target.wait_ready(Slot.CANARY, 60)
+    longest_s, moves = 0.0, 0
+    with settled.traffic() as traffic:
+        traffic.wait_for(10)
+        deploying = threading.Thread(target=settled.target.deploy, args=(Slot.STAGING, settled.second))
+        removing = threading.Thread(target=settled.target.remove, args=(Slot.STAGING,))
+        for work in (deploying, removing):
+            work.start()
+            while work.is_alive() or moves % 2:
+                began = time.monotonic()
+                settled.target.route(Routing(canary_percent=50 * (1 - moves % 2)))
+                longest_s, moves = max(longest_s, time.monotonic() - began), moves + 1
+            work.join()
+    assert moves >= 4
+    assert longest_s < 2
+    assert traffic.failed == []
+    assert Slot.STAGING not in settled.target.state().slots
