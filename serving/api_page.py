@@ -11,7 +11,7 @@ from html import escape
 
 from pipelines.core.release_unit import ReleaseManifest
 
-_START = 'SwaggerUIBundle({url: "docs.json", dom_id: "#swagger-ui", deepLinking: true});'
+_START = 'SwaggerUIBundle({url: "docs.json", dom_id: "#swagger-ui", deepLinking: true, tryItOutEnabled: true});'
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>
