@@ -18,6 +18,7 @@ import yaml
 from pipelines.core.gates import Verdict
 from pipelines.core.hash_chain import Record, find_breaks
 from pipelines.core.workspace import Workspace
+from pipelines.predictions.release_events import describe_approvals, describe_steps
 
 _COMPARISON = "accuracy drop"  # the gate's check against the model before it
 _RELEASE_EVENTS = ("traffic", "promoted", "rolled_back")
@@ -149,8 +150,8 @@ def describe(provenance: Provenance) -> list[tuple[str, list[str]]]:
         ("model", _describe_model(provenance)),
         ("trained", _describe_training(provenance)),
         ("checked", _describe_checks(provenance)),
-        ("approved", _describe_events(provenance.approved) or ["nobody was asked: the ledger has no approval"]),
-        ("released", _describe_events(provenance.released) or ["the ledger has no traffic step"]),
+        ("approved", describe_approvals(provenance.approved) or ["nobody was asked: the ledger has no approval"]),
+        ("released", describe_steps(provenance.released) or ["the ledger has no traffic step"]),
         ("ledger", _describe_ledger(provenance)),
     ]
 
@@ -226,19 +227,6 @@ def _describe_comparison(verdict: Verdict) -> str:
     if check is None or not check.judged or check.value is None or check.low is None or check.high is None:
         return check.detail if check else ""
     return f"{check.name} {check.value:+.3f} [{check.low:+.3f}, {check.high:+.3f}], {check.detail}"
-
-
-def _describe_events(events: Sequence[Mapping[str, Any]]) -> list[str]:
-    facts = []
-    for entry in events:
-        known = {"occurred_at", "event", "run_id"}
-        details = ", ".join(
-            f"{key} {str(value)[:12] if key.endswith('sha256') else value}"
-            for key, value in entry.items()
-            if key not in known and isinstance(value, str | int | float)
-        )
-        facts.append(f"{entry['event']} {_minute(entry['occurred_at'])}" + (f": {details}" if details else ""))
-    return facts
 
 
 def _describe_ledger(provenance: Provenance) -> list[str]:

@@ -76,8 +76,8 @@ def test_explain__everything_fits__has_no_problem_and_names_each_step() -> None:
     assert "later told circle: it was right" in lines["prediction"]
     assert "as registered · release sha256 9b9b9b9b9b9b · signed with key 2026-a" in lines["model"]
     assert "run run-1 · code 3e9d1c2" in lines["trained"]
-    assert lines["approved"].startswith("approved 2026-11-16 09:12 UTC: by m.approver, comment reviewed")
-    assert "traffic 2026-11-16 09:12 UTC: requests 2311, weight_percent 10 · promoted 2026-11-17" in lines["released"]
+    assert lines["approved"] == "m.approver 2026-11-16 09:12 · “reviewed” · evidence 5d0f5d0f5d0f"
+    assert lines["released"] == "10 % 2026-11-16 09:12: 2,311 requests · promoted 2026-11-17 09:12"
     assert lines["ledger"] == "rows 1, 3, 4, 5, 6 · chain intact"
 
 
