@@ -54,6 +54,7 @@ class LocalLayout:
         self.bootstrap_file = self.folder / "envoy.json"
         self.routes_folder = self.folder / "routes"  # Envoy watches the folder
         self.routes_file = self.routes_folder / "routes.json"
+        self.reserve_file = self.folder / "reserve"
         self.lock_file = self.folder / "lock"
         self.deployments_lock_file = self.folder / "deployments.lock"
 

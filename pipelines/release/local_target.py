@@ -8,6 +8,7 @@ supervisor.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import http.client
 import json
@@ -40,6 +41,7 @@ _ROUTABLE_LIMIT_S = 10.0
 _CHANGE_LIMIT_S = 30.0  # Envoy may have to come back first
 _DEPLOYMENT_LIMIT_S = 120.0  # it ends a service first
 _ASK_LIMIT_S = 3.0
+_RESERVE_BYTES = 256 * 1024  # a route table has some 20 KB
 _LOG_LINES = 15
 _MOST_STARTS = 5  # of a service that was not ready in between: some 20 s
 
@@ -64,6 +66,7 @@ class LocalTarget:
         _replace(self._layout.bootstrap_file, bootstrap(self._layout, ports))
         if not self._layout.routes_file.exists():
             _replace(self._layout.routes_file, route_table(Plan(), 1))
+        _keep_reserve(self._layout.reserve_file)
 
     def resume(self) -> None:
         """Start the services that the plan has, end those that it has not; returns before they are ready."""
@@ -202,14 +205,27 @@ class LocalTarget:
         """Replace the file, unless it says the same already."""
         before, version = self._read()
         if plan != before:
-            try:
-                _replace(self._layout.routes_file, route_table(plan, version + 1))
-            except OSError as error:
-                raise TryLater(
-                    f"{self._layout.routes_file} cannot be written: {error.strerror}\n"
-                    "  what to do: free some space, and try again; traffic goes where it went"
-                ) from error
+            self._replace_routes(plan, version + 1)
         return plan
+
+    def _replace_routes(self, plan: Plan, version: int) -> None:
+        """Replace the file, on a full disk by what is kept in reserve: a rollback must not need anybody to tidy up."""
+        tree, reserve = route_table(plan, version), self._layout.reserve_file
+        try:
+            try:
+                _replace(self._layout.routes_file, tree)
+            except OSError as error:
+                if error.errno not in {errno.ENOSPC, errno.EDQUOT} or not reserve.exists():
+                    raise
+                reserve.unlink(missing_ok=True)
+                _replace(self._layout.routes_file, tree)
+                return
+        except OSError as error:
+            raise TryLater(
+                f"{self._layout.routes_file} cannot be written: {error.strerror}\n"
+                "  what to do: free some space, and try again; traffic goes where it went"
+            ) from error
+        _keep_reserve(reserve)
 
     @contextmanager
     def _changing(self) -> Iterator[Plan]:
@@ -269,7 +285,7 @@ class LocalTarget:
                     f"  what to do: `perch status`; look at {self._layout.log_file(ENVOY)}; try again"
                 )
             if now > nudge:  # a notice of the kernel got lost, or Envoy started between two reads
-                _replace(self._layout.routes_file, route_table(plan, version + 1))
+                self._replace_routes(plan, version + 1)
                 nudge = now + _NUDGE_S
             time.sleep(0.005)
 
@@ -363,6 +379,17 @@ def _replace(path: os.PathLike[str], tree: Any) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(draft, path)  # noqa: PTH105
+
+
+def _keep_reserve(file: Path) -> None:
+    """Hold some space of the disk; where there is none left, none is held."""
+    if file.exists():
+        return
+    try:
+        with file.open("wb") as stream:
+            os.posix_fallocate(stream.fileno(), 0, _RESERVE_BYTES)
+    except OSError:
+        file.unlink(missing_ok=True)
 
 
 def _try_lock(descriptor: int) -> bool:
