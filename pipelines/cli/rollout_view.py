@@ -37,6 +37,7 @@ def render_history(model: str, champions: Champions, states: list[RolloutState])
             f"approved by {entry.approved}" if entry.approved else "",
             f"{entry.course} requests" if entry.course else "",
             entry.reason,
+            entry.forecast,
         ]
         table.add_row(
             f"{entry.began:%Y-%m-%d %H:%M}",

@@ -1,7 +1,7 @@
 """How many requests and minutes a rollout's gates will need, said before it begins; and how far off that was.
 
 The forecast is for a healthy canary at the present traffic.  Minutes alone promote nothing: where no requests come, the
-forecast says how many a prober would have to send.
+forecast says how many it takes, and no time.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def forecast_step(
     Args:
         plan: the step.
         limits: of its gates.
-        requests_per_s: all requests per second at present, prober's included; 0 or NaN when there are none.
+        requests_per_s: all requests per second at present; 0 or NaN when there are none.
         min_step_s: seconds that the step lasts at least.
         healthy: what a healthy canary is taken to be.
     """
@@ -210,5 +210,5 @@ def _sentence(
     each = ", ".join(f"{gate.name} {gate.requests:,}" for gate in gates)
     text = f"{name}: about {requests:,} requests to the canary, at most {likely:,} in nine of ten cases ({each})"
     if minutes is None or likely_minutes is None:
-        return f"{text}; there is no traffic now, a prober would have to send them"
+        return f"{text}; there is no traffic now, and without it nothing is promoted"
     return f"{text}; {minutes:,.1f} min at present traffic, at most {likely_minutes:,.1f} in nine of ten cases"

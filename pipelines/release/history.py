@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any
@@ -27,6 +27,7 @@ class Entry:
         approved: by whom, with which words.
         course: each step that it left, with the canary's requests in it.
         reason: of a rollback, or what is waited for.
+        forecast: how far it was off in all steps that the gates let pass; empty where none was made.
     """
 
     began: datetime
@@ -36,6 +37,7 @@ class Entry:
     approved: str
     course: str
     reason: str
+    forecast: str = ""
 
 
 def summarise(state: RolloutState) -> Entry:
@@ -50,6 +52,7 @@ def summarise(state: RolloutState) -> Entry:
         ),
         course=_describe_course(state.passages),
         reason=state.reason or state.waiting_for,
+        forecast=_describe_deviation_in_all(state) if state.is_finished else "",
     )
 
 
@@ -87,12 +90,38 @@ def describe_deviations(state: RolloutState) -> list[str]:
 
     A step's time begins with its intent, so that the shadow's holds the seconds in which the canary starts.
     """
+    return [deviation(*passed) for passed in _passed_steps(state)]
+
+
+def _describe_deviation_in_all(state: RolloutState) -> str:
+    """The steps' forecasts added up, against what the steps took together."""
+    passed = _passed_steps(state)
+    if not passed:
+        return ""
+    steps, requests, minutes = zip(*passed, strict=True)
+    expected = replace(
+        steps[0],
+        step="in all",
+        requests=_add([step.requests for step in steps]),
+        minutes=_add([step.minutes for step in steps]),
+    )
+    return deviation(expected, sum(requests), sum(minutes))
+
+
+def _passed_steps(state: RolloutState) -> list[tuple[StepForecast, int, float]]:
+    """Forecast, the canary's requests and minutes of each step that the gates let pass."""
     expected = {step.step: step for step in _FORECASTS.validate_python(state.forecast.get("steps", []))}
     return [
-        deviation(expected[left.step], following.requests, (following.at - left.at) / 60)
+        (expected[left.step], following.requests, (following.at - left.at) / 60)
         for left, following in pairwise(state.passages)
         if left.step in expected and following.step != ROLLED_BACK.name
     ]
+
+
+def _add(values: Sequence[Any]) -> Any:
+    """Their sum; None where one is not known."""
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
 
 
 def describe_step(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from pipelines.cli.rollouts import _go_on
 from pipelines.core.champions import Champions
 from pipelines.errors import Refusal, TryLater
 from pipelines.release.engine import look
+from pipelines.release.gates import forecast
 from pipelines.release.history import as_result, summarise
 from pipelines.release.rollback import roll_back
 from pipelines.release.steps import Phase, Step
@@ -47,6 +49,22 @@ def test_history__released_and_taken_back__says_who_how_far_and_why(world: Simul
     assert "approved by approver: “better on 8 and 9”" in text
     assert "shadow 1,800 · 10 % " in text
     assert text.endswith("wrong on 8")
+
+
+def test_history__a_forecast_was_made__says_in_one_line_how_far_it_was_off(world: Simulation) -> None:
+    rollout = world.begin()
+    world.answer()
+    state = world.run(rollout.rollout_id)
+    steps = [asdict(step) for step in forecast(state.plan, requests_per_s=10.0, is_first=False)]
+    expected = sum(step["requests"] for step in steps)
+    took = sum(passage.requests for passage in state.passages)
+    entry = summarise(replace(state, forecast={"steps": steps}))
+    assert entry.forecast.startswith(f"in all: {took:,} requests, forecast {expected:,} ({took / expected - 1:+.0%}); ")
+    text = " ".join(
+        " ".join(shown(render_history(MODEL, Champions("2"), [replace(state, forecast={"steps": steps})]))).split()
+    )
+    assert entry.forecast in text
+    assert summarise(state).forecast == ""
 
 
 def test_watch__at_10_percent__shows_weight_gates_and_the_stable_slot(world: Simulation) -> None:

@@ -56,11 +56,11 @@ def test_forecast_step__a_shortest_time__is_waited_for() -> None:
 
 
 @pytest.mark.parametrize("requests_per_s", [0.0, math.nan])
-def test_forecast_step__no_traffic__asks_for_a_prober(requests_per_s: float) -> None:
+def test_forecast_step__no_traffic__says_that_nothing_is_promoted(requests_per_s: float) -> None:
     forecast = forecast_step(PLANS[1], LIMITS, requests_per_s=requests_per_s)
     assert forecast.minutes is None
     assert forecast.requests == 2_123
-    assert "prober" in forecast.sentence
+    assert "there is no traffic now, and without it nothing is promoted" in forecast.sentence
 
 
 @pytest.mark.parametrize(
