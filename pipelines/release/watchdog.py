@@ -65,6 +65,7 @@ class Watchdog:
         self._blind_since: dict[str, float] = {}
         self._trouble_since: dict[str, float] = {}
         self._readings: dict[tuple[str, str], StepReading] = {}
+        self._unrecorded: dict[str, str] = {}  # why traffic was taken away, until the database takes it
         self._said = ""
 
     def run(self, stop: threading.Event, interval_s: float = INTERVAL_S) -> None:
@@ -109,10 +110,17 @@ class Watchdog:
                 rollback.finish_rollback(self._world, row)
                 return f"{row.rollout_id}: finished a rollback"
             return ""
-        why = self._find_reason(row, state, actual)
+        known = self._unrecorded.get(row.rollout_id, "")
+        why = known or self._find_reason(row, state, actual)
         if not why or not self._is_still(row, state):
             return ""
         outcome = rollback.roll_back(self._world, row.model, reason=why, by=BY, only=row.rollout_id)
+        if outcome.is_recorded:
+            self._unrecorded.pop(row.rollout_id, None)
+        else:
+            self._unrecorded[row.rollout_id] = why
+        if known:  # people know already
+            return outcome.text if outcome.is_recorded else ""
         self._alert(f"{row.model} v{state.release.version} rolled back", outcome.text)
         return outcome.text
 
