@@ -27,6 +27,11 @@ class Services:
     stack: Stack
     ports: Ports
 
+    @property
+    def policy_file(self) -> Path:
+        """The promotion policy, read at each look; empty unless a test writes it."""
+        return self.settings.home / "policy.yaml"
+
     def client(self, user: str = "admin") -> AirflowClient:
         return AirflowClient(self.ports.airflow_uri, user, ensure_passwords(self.settings)[user])
 
@@ -35,13 +40,19 @@ class Services:
 def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
     settings = Settings(project_dir=PROJECT, home=tmp_path_factory.mktemp("perch-home"))
     stack = Stack(settings)
-    os.environ["PERCH_RETRY_DELAY_S"] = "1"  # the services inherit it
+    policy = settings.home / "policy.yaml"
+    policy.write_text("{}\n")
+    # The services inherit these.
+    own = {"RETRY_DELAY_S": "1", "PROMOTION_POLICY": str(policy), "APPROVERS": "approver scientist"}
+    own = {f"PERCH_{name}": value for name, value in own.items()}
+    os.environ.update(own)
     try:
         ports = stack.up(print, Ports(mlflow=any_free_port(), airflow=any_free_port(), serving=any_free_port()))
         yield Services(settings, stack, ports)
     finally:
         stack.down()
-        del os.environ["PERCH_RETRY_DELAY_S"]
+        for name in own:
+            del os.environ[name]
 
 
 def wait_for_dag_run(
