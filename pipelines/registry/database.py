@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import socket
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +22,8 @@ class Database:
 
     Args:
         url: SQLAlchemy's.
-        wait_s: how long SQLite waits for another writer, and PostgreSQL for a connection, at least 2 s.
+        wait_s: how long SQLite waits for another writer; and PostgreSQL for a connection, and again for all that one
+            transaction asks of it, at least 2 s each.
 
     Raises:
         Refusal: the URL names another kind of database than SQLite or PostgreSQL.
@@ -56,8 +61,7 @@ def _create_engine(url: str, kind: str, wait_s: float) -> Engine:
 
     # One connection per call: a process appends a row or two in its life, and a fork must not inherit connections.
     if kind != "sqlite":
-        # A host that is gone answers nothing at all, and the driver would wait for minutes.
-        return create_engine(url, poolclass=NullPool, connect_args={"connect_timeout": max(2, round(wait_s))})
+        return _create_postgresql_engine(url, max(2, round(wait_s)))
     engine = create_engine(url, poolclass=NullPool, connect_args={"timeout": wait_s})
 
     @event.listens_for(engine, "connect")
@@ -71,3 +75,66 @@ def _create_engine(url: str, kind: str, wait_s: float) -> Engine:
         connection.exec_driver_sql(connection.get_execution_options().get("perch_begin", "BEGIN"))
 
     return engine
+
+
+def _create_postgresql_engine(url: str, limit_s: int) -> Engine:
+    """An engine whose transactions end within `limit_s`, whatever the server and the network do."""
+    from sqlalchemy import create_engine, event
+    from sqlalchemy.pool import NullPool
+
+    # A host that is gone answers nothing at all, and the driver would wait for minutes.
+    engine = create_engine(url, poolclass=NullPool, connect_args={"connect_timeout": limit_s})
+
+    @event.listens_for(engine, "do_connect")
+    def _connect(dialect: Any, record: Any, arguments: Any, options: Any) -> Any:
+        connection = dialect.connect(*arguments, **options)
+        record.info[_DEADLINE] = _Deadline(connection.fileno(), limit_s)
+        return connection
+
+    @event.listens_for(engine, "close")
+    def _close(_connection: object, record: Any) -> None:
+        deadline = record.info.pop(_DEADLINE, None)
+        if deadline is not None:
+            deadline.cancel()
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        # The server's side of the same limit: a client that vanished must not keep the writers' lock.
+        for name in ("statement_timeout", "idle_in_transaction_session_timeout"):
+            connection.exec_driver_sql(f"SET LOCAL {name} = '{limit_s}s'")
+
+    return engine
+
+
+_DEADLINE = "perch_deadline"
+
+
+class _Deadline:
+    """Breaks a connection at a time, so that whoever waits for its answer gets an error.
+
+    The driver itself waits for an answer for ever: a server that hangs keeps its connections up.
+
+    Args:
+        descriptor: of the connection's socket.
+        limit_s: from now.
+    """
+
+    def __init__(self, descriptor: int, limit_s: float) -> None:
+        # A descriptor of our own: the driver's may be closed, and its number be another file's, when the time comes.
+        self._socket = socket.socket(fileno=os.dup(descriptor))
+        self._lock = threading.Lock()
+        self._timer = threading.Timer(limit_s, self._break)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def cancel(self) -> None:
+        """Leave the connection as it is."""
+        self._timer.cancel()
+        with self._lock:
+            self._socket.close()
+
+    def _break(self) -> None:
+        with self._lock, contextlib.suppress(OSError):  # closed, or broken already
+            self._socket.shutdown(socket.SHUT_RDWR)
+        with self._lock:
+            self._socket.close()

@@ -159,18 +159,32 @@ class RolloutTable:
         else:
             condition.append(columns.token == row.token)
 
+        text = canonical_json(document)
+        attempts = 0
+
         def write(connection: Connection) -> RolloutRow:
+            nonlocal attempts
+            attempts += 1
             written = connection.execute(
                 self._table.update()
                 .where(*condition)
                 .values(
-                    document=canonical_json(document),
+                    document=text,
                     open_model=row.model if is_open else None,
                     revision=columns.revision + 1,
                     **taken,
                 )
             )
             if written.rowcount != 1:
+                # The connection may have been lost between an earlier attempt's commit and the answer to it.
+                found = self._find(connection, columns.rollout_id == row.rollout_id) if attempts > 1 else None
+                expected = (row.revision + 1, row.token + (1 if force else 0), is_open)
+                if (
+                    found is not None
+                    and (found.revision, found.token, found.is_open) == expected
+                    and canonical_json(found.document) == text
+                ):
+                    return found
                 raise StaleRolloutError(f"{row.rollout_id}: somebody else moved this release meanwhile")
             return self._required(connection, row.rollout_id)
 

@@ -78,9 +78,11 @@ def execute(url: str, statement: str) -> None:
     from sqlalchemy import create_engine, text
 
     engine = create_engine(url)
-    with engine.begin() as connection:
-        connection.execute(text(statement))
-    engine.dispose()
+    try:
+        with engine.begin() as connection:
+            connection.execute(text(statement))
+    finally:
+        engine.dispose()
 
 
 @pytest.fixture
