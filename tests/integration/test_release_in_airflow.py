@@ -155,6 +155,7 @@ def test_approval__denied_by_the_policy__is_asked_for_again_and_a_rejection_is_f
     assert last_evidence(services, "rolled_back")["reason"] == "rejected by scientist: enough"
 
 
+@pytest.mark.slow
 def test_approval__races_the_end_of_its_time__is_too_late_whoever_wins(services: Services, rejected: str) -> None:
     client, limit_s = services.client(), 20.0
     services.policy_file.write_text(f"models: {{'*': {{deadline_h: {limit_s / 3600}}}}}\n")
