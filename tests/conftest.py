@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,29 @@ from pipelines.params import Params
 from pipelines.settings import Settings, get_settings
 
 MakeRun = Callable[..., Workspace]
+MountSmallDisk = Callable[[int], Path]
+
+
+@pytest.fixture
+def mount_small_disk(tmp_path: Path) -> Iterator[MountSmallDisk]:
+    """Mounts an empty file system of so many KiB; neither every user nor every container may."""
+    mounted: list[Path] = []
+
+    def mount(size_kib: int) -> Path:
+        if os.geteuid() != 0 or shutil.which("mount") is None:
+            pytest.skip("mounting a small file system needs root")
+        folder = tmp_path / f"disk-{len(mounted)}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size_kib}k", "tmpfs", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"this machine does not let its tests mount a file system: {done.stderr.strip()}")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.fixture(scope="session")

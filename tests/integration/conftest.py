@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pipelines.services.programs import Ports
 from pipelines.services.secrets import ensure_passwords
 from pipelines.services.stack import Stack, any_free_port
 from pipelines.settings import Settings
+from tests.integration.postgresql_server import make_database, serve_postgresql
 from tests.integration.served_release import Server, stage_release
 
 PROJECT = Path(__file__).parents[2]
@@ -87,6 +89,19 @@ def undisturbed(services: Services) -> str:
     client.trigger(dag_id, "undisturbed", FAST)
     assert wait_for_dag_run(client, dag_id, "undisturbed") == "success", explain_failure(client, dag_id, "undisturbed")
     return "undisturbed"
+
+
+@pytest.fixture(scope="session")
+def postgresql_server() -> Iterator[Path]:
+    """The folder of a running PostgreSQL's socket."""
+    with serve_postgresql() as folder:
+        yield folder
+
+
+@pytest.fixture
+def postgresql_url(postgresql_server: Path) -> str:
+    """An empty database on a real PostgreSQL."""
+    return make_database(postgresql_server, f"perch_{secrets.token_hex(6)}")
 
 
 @pytest.fixture(scope="session")

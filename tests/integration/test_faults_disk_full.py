@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,25 +12,10 @@ from pipelines.release.local_plan import PROCESSES, Plan
 from pipelines.release.local_target import LocalTarget
 from pipelines.release.targets import ReleaseRef, Routing, Slot
 from pipelines.settings import Settings
+from tests.conftest import MountSmallDisk
 
 PROJECT = Path(__file__).parents[2]
 _PORTS = LocalPorts(1, 2, {process: SlotPorts(3, 4) for process in PROCESSES})
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root")
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], capture_output=True, text=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"no small file system can be mounted here: {mounted.stderr.strip()}")
-    try:
-        yield tmp_path
-    finally:
-        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def fill(folder: Path) -> Path:
@@ -49,7 +31,10 @@ def fill(folder: Path) -> Path:
     return file
 
 
-def test_routes__disk_is_full__are_replaced_from_the_reserve_and_it_is_kept_anew(small_disk: Path) -> None:
+def test_routes__disk_is_full__are_replaced_from_the_reserve_and_it_is_kept_anew(
+    mount_small_disk: MountSmallDisk,
+) -> None:
+    small_disk = mount_small_disk(1024)
     target = LocalTarget(Settings(project_dir=PROJECT, home=small_disk))
     target.lay_out(_PORTS)
     reserve = small_disk / "release" / "reserve"

@@ -1,94 +1,19 @@
 """The ledger on a real PostgreSQL: the same order and the same guards as on SQLite."""
 
 import multiprocessing
-import os
-import pwd
-import shutil
-import subprocess
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
 from pipelines.registry.ledger import Ledger
+from tests.integration.postgresql_server import execute
 
 pytestmark = pytest.mark.services
 
 
-def find_binaries() -> Path | None:
-    """The newest installation's programs; distributions keep `initdb` off the PATH."""
-    on_path = shutil.which("initdb")
-    candidates = (
-        [Path(on_path).resolve().parent] if on_path else sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
-    )
-    return next((folder for folder in candidates if (folder / "initdb").is_file()), None)
-
-
-def drop_privileges() -> dict[str, object]:
-    """PostgreSQL does not run as root."""
-    if os.getuid() != 0:
-        return {}
-    try:
-        account = pwd.getpwnam("postgres")
-    except KeyError:
-        pytest.skip("PostgreSQL does not run as root, and there is no account postgres")
-    return {"user": account.pw_uid, "group": account.pw_gid}
-
-
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    pytest.importorskip("psycopg", reason="psycopg is not installed")
-    from sqlalchemy.exc import OperationalError
-
-    binaries = find_binaries()
-    if binaries is None:
-        pytest.skip("PostgreSQL is not installed")
-    account = drop_privileges()
-    # Not under tmp_path, which only its owner may enter; and a Unix socket's path must be short.
-    with tempfile.TemporaryDirectory(prefix="perch-pg-", ignore_cleanup_errors=True) as name:
-        folder = Path(name)
-        folder.chmod(0o777)
-        run = partial(subprocess.run, check=True, cwd=name, stdout=subprocess.DEVNULL, **account)  # type: ignore[call-overload]
-        run([binaries / "initdb", "-D", folder / "data", "-U", "perch", "--auth=trust", "-N"])
-        server = subprocess.Popen(  # type: ignore[call-overload]
-            [binaries / "postgres", "-D", folder / "data", "-k", name, "-c", "listen_addresses=", "-c", "fsync=off"],
-            cwd=name,
-            stderr=subprocess.DEVNULL,
-            **account,
-        )
-        try:
-            url = f"postgresql+psycopg://perch@/postgres?host={name}"
-            while True:
-                try:
-                    execute(url, "SELECT 1")
-                    break
-                except OperationalError:
-                    assert server.poll() is None, "PostgreSQL ended while starting"
-                    time.sleep(0.1)
-            yield url
-        finally:
-            server.terminate()
-            server.wait(30)
-
-
-def execute(url: str, statement: str) -> None:
-    from sqlalchemy import create_engine, text
-
-    engine = create_engine(url)
-    try:
-        with engine.begin() as connection:
-            connection.execute(text(statement))
-    finally:
-        engine.dispose()
-
-
 @pytest.fixture
-def ledger(url: str) -> Ledger:
-    execute(url, "DROP TABLE IF EXISTS perch_ledger")
-    return Ledger(url)
+def ledger(postgresql_url: str) -> Ledger:
+    return Ledger(postgresql_url)
 
 
 def append_many(url: str, writer: int, rows: int) -> None:
@@ -103,9 +28,9 @@ def start(target: Callable[..., None], *arguments: object) -> multiprocessing.pr
     return process
 
 
-def test_append__four_processes_at_once__never_fork_the_chain(url: str, ledger: Ledger) -> None:
+def test_append__four_processes_at_once__never_fork_the_chain(postgresql_url: str, ledger: Ledger) -> None:
     # They also meet at the creation of the table.
-    writers = [start(append_many, url, writer, 15) for writer in range(4)]
+    writers = [start(append_many, postgresql_url, writer, 15) for writer in range(4)]
     for process in writers:
         process.join(60)
         assert process.exitcode == 0
@@ -125,16 +50,17 @@ def test_append__same_key_twice__adds_one_row(ledger: Ledger) -> None:
     "statement",
     ["UPDATE perch_ledger SET version = '9'", "DELETE FROM perch_ledger", "TRUNCATE perch_ledger"],
 )
-def test_table__plain_change__is_refused_by_the_database(url: str, ledger: Ledger, statement: str) -> None:
-    append_many(url, 0, 2)
+def test_table__plain_change__is_refused_by_the_database(postgresql_url: str, ledger: Ledger, statement: str) -> None:
+    append_many(postgresql_url, 0, 2)
     with pytest.raises(Exception, match="append-only"):
-        execute(url, statement)
+        execute(postgresql_url, statement)
     assert len(ledger.entries()) == 2
 
 
-def test_verify__trigger_disabled_and_row_edited__names_the_row(url: str, ledger: Ledger) -> None:
-    append_many(url, 0, 3)
+def test_verify__trigger_disabled_and_row_edited__names_the_row(postgresql_url: str, ledger: Ledger) -> None:
+    append_many(postgresql_url, 0, 3)
     execute(
-        url, "ALTER TABLE perch_ledger DISABLE TRIGGER ALL; UPDATE perch_ledger SET version = '9' WHERE sequence = 2"
+        postgresql_url,
+        "ALTER TABLE perch_ledger DISABLE TRIGGER ALL; UPDATE perch_ledger SET version = '9' WHERE sequence = 2",
     )
     assert "row 2 (traffic m v9) was changed" in ledger.verify()[0]

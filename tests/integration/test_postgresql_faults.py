@@ -20,8 +20,7 @@ from pipelines.registry import patience
 from pipelines.registry.database import Database
 from pipelines.registry.ledger import Ledger
 from pipelines.registry.rollout_table import RolloutTable
-from tests.integration.test_ledger_on_postgresql import execute
-from tests.integration.test_ledger_on_postgresql import url as url
+from tests.integration.postgresql_server import execute
 
 pytestmark = pytest.mark.services
 
@@ -109,16 +108,21 @@ def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def url(postgresql_url: str) -> str:
+    return postgresql_url
+
+
+@pytest.fixture
 def proxy(url: str) -> Iterator[Proxy]:
-    execute(url, "DROP TABLE IF EXISTS perch_ledger; DROP TABLE IF EXISTS perch_rollouts")
     proxy = Proxy(f"{parse_qs(urlsplit(url).query)['host'][0]}/.s.PGSQL.5432")
     yield proxy
     proxy.close()
 
 
 @pytest.fixture
-def proxied(proxy: Proxy) -> str:
-    return f"postgresql+psycopg://perch@127.0.0.1:{proxy.port}/postgres?sslmode=disable&gssencmode=disable"
+def proxied(proxy: Proxy, url: str) -> str:
+    name = urlsplit(url).path
+    return f"postgresql+psycopg://perch@127.0.0.1:{proxy.port}{name}?sslmode=disable&gssencmode=disable"
 
 
 def count_connections(url: str) -> int:

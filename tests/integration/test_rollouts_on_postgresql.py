@@ -12,16 +12,14 @@ from pipelines.errors import Refusal, TryLater
 from pipelines.registry.rollout_table import RolloutTable
 from pipelines.release.rollback import roll_back
 from pipelines.release.steps import PROMOTED, ROLLED_BACK
-from tests.integration.test_ledger_on_postgresql import execute, url  # noqa: F401 - a fixture
 from tests.unit.release.simulated_release import MODEL, QUICK, Simulation
 
 pytestmark = pytest.mark.services
 
 
 @pytest.fixture
-def simulation(url: str, tmp_path: Path) -> Simulation:  # noqa: F811
-    execute(url, "DROP TABLE IF EXISTS perch_ledger; DROP TABLE IF EXISTS perch_rollouts")
-    return Simulation(tmp_path, url=url, params=QUICK.model_copy(update={"min_step_s": 1.0}))
+def simulation(postgresql_url: str, tmp_path: Path) -> Simulation:
+    return Simulation(tmp_path, url=postgresql_url, params=QUICK.model_copy(update={"min_step_s": 1.0}))
 
 
 def test_rollout__whole__is_promoted_and_taken_back(simulation: Simulation) -> None:

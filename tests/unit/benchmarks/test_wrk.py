@@ -7,6 +7,7 @@ from shutil import which
 import pytest
 
 from benchmarks import wrk
+from tests.missing_parts import miss
 
 REPORT = """Running 1s test @ http://127.0.0.1:1/
   2 threads and 4 connections
@@ -55,8 +56,9 @@ class _EveryThirdFails(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.skipif(which("wrk") is None, reason="wrk is a system package: apt install wrk")
 def test_run__a_server_that_fails_every_third_time__is_counted_so(tmp_path: Path) -> None:
+    if which("wrk") is None:
+        miss("wrk is not installed", "scripts/debian-packages.sh installs it")
     (tmp_path / "body").write_bytes(b"\x00\xff")
     server = ThreadingHTTPServer(("127.0.0.1", 0), _EveryThirdFails)
     threading.Thread(target=server.serve_forever, daemon=True).start()

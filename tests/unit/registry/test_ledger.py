@@ -175,7 +175,6 @@ def test_ledger__unknown_database__is_refused_without_its_password() -> None:
 
 
 def test_ledger__unreachable_server__asks_to_try_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("psycopg", reason="psycopg is not installed")
     monkeypatch.setattr(patience, "PATIENCE_S", 0.5)
     with pytest.raises(TryLater) as error:
         Ledger("postgresql+psycopg://perch:secret@127.0.0.1:1/perch").entries()

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from pipelines.core.workspace import Workspace
 from pipelines.errors import EXIT_REFUSED, EXIT_TRY_LATER, Refusal
 from pipelines.runs.stages import run_in_workspace
 from pipelines.settings import Settings
+from tests.conftest import MountSmallDisk
 
 PROJECT = Path(__file__).parents[3]
 
@@ -63,21 +63,10 @@ def test_bare_stage__bad_parameter__names_it_and_exits_65(tmp_path: Path) -> Non
     assert "data_ingestion.shard_images: value 1" in done.stderr
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of half a megabyte."""
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("mounting a small file system needs root")
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", folder], check=False)
-    if mounted.returncode:
-        pytest.skip("this machine does not let its tests mount a file system")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
-
-
-def test_bare_stage__disk_full_in_its_middle__asks_to_try_later(small_disk: Path, tmp_path: Path) -> None:
+def test_bare_stage__disk_full_in_its_middle__asks_to_try_later(
+    mount_small_disk: MountSmallDisk, tmp_path: Path
+) -> None:
+    small_disk = mount_small_disk(512)
     write_params(small_disk)
     (small_disk / "ballast").write_bytes(b"x" * 350_000)
     done = run_bare(small_disk, tmp_path / "home")
