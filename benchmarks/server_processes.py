@@ -25,18 +25,27 @@ class ServerProcess:
         environment: added to this process's.
         log: file that takes its output.
         cores: e.g. `0` or `0,1`; empty runs it anywhere.
+        niceness: added to this process's; whoever measures must get a core when it wants one.
         folder: to run it in.
     """
 
     def __init__(
-        self, command: Sequence[str], environment: Mapping[str, str], log: Path, *, cores: str = "", folder: Path
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        log: Path,
+        *,
+        cores: str = "",
+        niceness: int = 0,
+        folder: Path,
     ) -> None:
         pinned = ["taskset", "-c", cores] if cores else []
+        yielding = ["nice", "-n", str(niceness)] if niceness else []
         self._log = log
         with log.open("ab") as stream:
             self.started = time.perf_counter()
             self._process = subprocess.Popen(
-                [*pinned, *command],
+                [*pinned, *yielding, *command],
                 env={**os.environ, **environment},
                 cwd=folder,
                 stdout=stream,

@@ -4,8 +4,8 @@
 
 The release is served as shipped, with two workers.  The capacity is what the same mix of requests reaches when its
 clients wait for their answers; then requests come at fixed times, so that a stall shows.  After a quarter of the time
-one worker gets SIGKILL; after half of it a second server starts, the first gets SIGTERM, and the clients, who are told
-nothing, go to the second where nobody listens any more.  At the end every answered prediction is looked for among those
+one worker gets SIGKILL; after half of it the first server gets SIGTERM, and the clients, who are told nothing, go to a
+second one where nobody listens any more.  At the end every answered prediction is looked for among those
 that were kept, and the other way round.  Ends with 1 when a promise did not hold.
 """
 

@@ -63,8 +63,9 @@ class Timeline:
     Attributes:
         began_s: the open loop's first request, on the soak's clock.
         end_s: its last.
-        kill: a worker got SIGKILL: connections may break, and the last half second may be lost.
-        shutdown: another server started and the first got SIGTERM.
+        kill: a worker got SIGKILL: connections may break, the last half second may be lost, and until it is back the
+            load is more than the rest can take, which may say so.
+        shutdown: the first server got SIGTERM.
     """
 
     began_s: float
@@ -174,14 +175,21 @@ class Evidence:
     def _statuses(self) -> Check:
         # A slow client does not send again, so that the kill of its worker is all it sees.
         kill = self._timeline.kill
+        unasked = "FROM requests ANTI JOIN allowed USING (kind, status) WHERE"
+        at_kill = "(status IN (?, 503) AND due_s + latency_ms / 1000 BETWEEN ? AND ?)"
+        window = [BROKEN, kill.start_s, kill.end_s]
         rows = self._rows(
-            "SELECT kind, status, count(*) FROM requests ANTI JOIN allowed USING (kind, status) "
-            "WHERE NOT (status = ? AND due_s + latency_ms / 1000 BETWEEN ? AND ?) GROUP BY ALL ORDER BY ALL",
-            [BROKEN, kill.start_s, kill.end_s],
+            f"SELECT kind, status, count(*) {unasked} NOT {at_kill} GROUP BY ALL ORDER BY ALL",
+            window,
         )
+        overloaded = self._number(f"SELECT count(*) {unasked} status = 503 AND {at_kill}", window)
         total = self._number("SELECT count(*) FROM requests")
         found = "; ".join(f"{count} x {kind}: {_OUTCOMES.get(status, status)}" for kind, status, count in rows)
-        return Check("no status that was not asked for", found or f"{total:,} requests", not rows and total > 0)
+        return Check(
+            "no status that was not asked for, 503 only while a killed worker is missing",
+            f"{found or f'{total:,} requests'}; {overloaded:,.0f} times 503 at the kill",
+            not rows and total > 0,
+        )
 
     def _breakages(self) -> Check:
         timeline = self._timeline

@@ -26,6 +26,7 @@ MAX_BODY_BYTES = 2 * 2**20
 KILL_AT, SHUTDOWN_AT = 0.25, 0.5  # of the time
 MAX_RETURN_S = 10.0  # from the kill of a worker to its successor's readiness
 MAX_DRAIN_S = 30.0  # from SIGTERM to the end of the server
+SERVER_NICENESS = 5  # clients on the same cores that come late come in bursts, which nobody asked for
 _WARM_S = 5.0
 _AFTERMATH_S = 5.0  # how long an incident may be seen in the latencies
 _READY = b'"logger":"serving.service","message":"ready'
@@ -118,6 +119,7 @@ class Soak:
         ended = threading.Event()
         try:
             await asyncio.to_thread(self._start, "A")
+            await asyncio.to_thread(self._start, "B")  # on cores of its own elsewhere; here before the load begins
             threading.Thread(target=self._sample, args=(ended,), daemon=True).start()
             async with self.clients.open():
                 capacity_per_s = await self._measure_capacity()
@@ -170,7 +172,6 @@ class Soak:
 
     async def _replace(self) -> Incident:
         at, started_s = datetime.now(UTC), self.journal.now()
-        await asyncio.to_thread(self._start, "B")
         self.clients.phase = "server B"
         self.say(f"{self.journal.now():6.0f} s  SIGTERM of server A")
         await self._end("A")
@@ -190,7 +191,7 @@ class Soak:
     def _start(self, name: str) -> None:
         port, log = free_port(), self.folder / f"server-{name}.log"
         environment = self.release.environment(port, workers=WORKERS, max_body_bytes=MAX_BODY_BYTES)
-        process = ServerProcess(self.release.command(port), environment, log, folder=PROJECT)
+        process = ServerProcess(self.release.command(port), environment, log, niceness=SERVER_NICENESS, folder=PROJECT)
         server = self._servers[name] = _Server(process, f"http://127.0.0.1:{port}", log)
         took_s, _ = process.wait_for_answer(urllib.request.Request(f"{server.address}/readyz"))
         if not _wait_for_ready(log, 0, WORKERS, 60.0):

@@ -20,6 +20,7 @@ TIMELINE = Timeline(
     Incident("SIGKILL", BEGAN + timedelta(seconds=KILL), KILL, KILL + 5),
     Incident("SIGTERM", BEGAN + timedelta(seconds=SHUTDOWN), SHUTDOWN, SHUTDOWN + 5),
 )
+STATUSES = "no status that was not asked for, 503 only while a killed worker is missing"
 
 
 class Story:
@@ -59,6 +60,10 @@ def _status_not_asked_for(story: Story) -> None:
     story.requests.append([60.0, "text", "server A", 500, 10.0, 0.1, "x"])
 
 
+def _overloaded_without_a_kill(story: Story) -> None:
+    story.requests.append([SHUTDOWN, "PNG", "server A", 503, 10.0, 0.1, "x"])
+
+
 def _broken_at_shutdown(story: Story) -> None:
     story.broken.append([SHUTDOWN + 1, "PNG", "x", "reset"])
 
@@ -93,7 +98,8 @@ def _clients_too_slow(story: Story) -> None:
 @pytest.mark.parametrize(
     ("spoil", "promise"),
     [
-        (_status_not_asked_for, "no status that was not asked for"),
+        (_status_not_asked_for, STATUSES),
+        (_overloaded_without_a_kill, STATUSES),
         (_broken_at_shutdown, "connections break at the kill, and at the shutdown at most 0.02 s of requests"),
         (_answered_but_lost, "every answered prediction is kept"),
         (_lost_before_the_last_half_second, "every answered prediction is kept"),
@@ -117,6 +123,7 @@ def test_evidence__what_a_kill_may_cost__is_allowed(tmp_path: Path) -> None:
     story.kept.append((Story.id_at(KILL - 0.25), "on disk, not yet answered"))
     story.broken.append([KILL + 0.1, "PNG", "on disk, not yet answered", "reset"])
     story.requests.append([KILL - 1, "PNG", "server A", BROKEN, 2000.0, 0.1, "a slow client of the killed worker"])
+    story.requests.append([KILL + 1, "PNG", "server A", 503, 10.0, 0.1, "too many for the other worker"])
     assert [check for check in story.checks(tmp_path).values() if not check.held] == []
 
 
