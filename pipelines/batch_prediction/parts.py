@@ -21,9 +21,9 @@ import pyarrow.parquet as pq
 
 from pipelines.batch_prediction.rows import FORMAT_KEY
 from pipelines.core.image_decoding import Reason
+from pipelines.core.locking import hold
 from pipelines.core.results import write_json
 from pipelines.errors import Refusal, TryLater
-from pipelines.runs.locking import hold
 
 _LOCK_WAIT_S = 2.0  # for a process that was killed a moment ago
 _ROW_GROUP_ROWS = 65_536

@@ -107,7 +107,7 @@ def _command(name: str) -> Callable[..., None]:
         by: ByOption = COMMAND_LINE,
         as_json: JsonOption = False,
     ) -> None:
-        from pipelines.runs.locking import die_with_parent_if_asked
+        from pipelines.runs.parent_death import die_with_parent_if_asked
 
         die_with_parent_if_asked()
         if run is None:

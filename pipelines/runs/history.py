@@ -13,9 +13,9 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
+from pipelines.core.locking import hold
 from pipelines.core.workspace import Workspace
 from pipelines.errors import EXIT_REFUSED, Refusal
-from pipelines.runs.locking import hold
 from pipelines.runs.pipeline import pipeline_steps
 from pipelines.runs.workspaces import find_workspace, list_runs
 from pipelines.settings import Settings

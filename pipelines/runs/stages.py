@@ -13,13 +13,14 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
+from pipelines.core.locking import hold
 from pipelines.core.results import StageResult, write_json
 from pipelines.core.stage_graph import StageNode, read_stage_graph
 from pipelines.core.workspace import Workspace
 from pipelines.errors import EXIT_REFUSED, PerchError, Refusal, TryLater
 from pipelines.params import load_params
 from pipelines.runs.dvc_notes import DvcNotes
-from pipelines.runs.locking import DIE_WITH_PARENT, die_with_parent, hold
+from pipelines.runs.parent_death import DIE_WITH_PARENT, die_with_parent
 from pipelines.settings import Settings
 
 _LOCK_WAIT_S = 30.0

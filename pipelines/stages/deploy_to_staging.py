@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from pipelines.core.locking import hold
 from pipelines.core.results import StageResult, write_json
 from pipelines.core.workspace import Workspace
 from pipelines.errors import Refusal
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from pipelines.release.staging import StagingPlace
 
 REPORT = "staging/smoke_tests.json"
+_STAGING_LIMIT_S = 300.0  # for another run's release, which is asked less long
 
 
 class DeployToStagingResult(StageResult):
@@ -182,7 +184,7 @@ def _open_place(settings: Settings) -> Iterator[tuple[StagingPlace, Path]]:
 
     given = os.environ.get("PERCH_SERVING_API_KEYS_FILE")
     keys_file = Path(given) if given else settings.home / DEFAULT_FILE_NAME
-    with _alone(settings.home / "release" / "staging.lock"):
+    with hold(settings.home / "release" / "staging.lock", wait_s=_STAGING_LIMIT_S):
         target = LocalTarget(settings)
         if _is_up(target):
             yield target, keys_file
@@ -207,27 +209,6 @@ def _is_up(target: LocalTarget) -> bool:
     except TryLater:
         return False
     return True
-
-
-@contextmanager
-def _alone(file: Path) -> Iterator[None]:
-    import fcntl
-    import time
-
-    from pipelines.errors import TryLater
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a") as lock:
-        deadline = time.monotonic() + 300
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise TryLater("another run's release is in staging\n  what to do: try again") from None
-                time.sleep(0.2)
-        yield
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -18,10 +18,10 @@ from pipelines.batch_prediction.prediction import Predicted
 from pipelines.batch_prediction.rows import ModelIdentity
 from pipelines.core.image_decoding import read_model_input
 from pipelines.core.image_limits import ImageLimits
+from pipelines.core.locking import hold
 from pipelines.data.sources.base import Source, SourceItem
 from pipelines.errors import Refusal, TryLater
 from pipelines.modeling.inference import OnnxPredictor
-from pipelines.runs.locking import hold
 
 Predict = Callable[..., Predicted]
 MakeFolder = Callable[..., Path]

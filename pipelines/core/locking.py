@@ -1,21 +1,15 @@
-"""One process at a time in a workspace, and no process that outlives whoever started it."""
+"""One process at a time, by a lock that no dead process keeps."""
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
-import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from pipelines.errors import TryLater
-
-DIE_WITH_PARENT = "PERCH_DIE_WITH_PARENT"
-_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 @contextmanager
@@ -48,20 +42,3 @@ def hold(path: Path, *, wait_s: float) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
-
-
-def die_with_parent_if_asked() -> None:
-    """`die_with_parent`, where the parent asked for it by environment."""
-    if os.environ.get(DIE_WITH_PARENT):
-        die_with_parent()
-
-
-def die_with_parent() -> None:
-    """Have the kernel end this process when its parent dies.
-
-    A scheduler that is killed with SIGKILL cannot end its tasks; without this they would go on, while the scheduler,
-    started again, tries them a second time.  SIGKILL, because every stage survives it and nothing can ignore it.
-    Linux only; elsewhere `hold` alone keeps the two apart.
-    """
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
