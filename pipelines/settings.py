@@ -13,6 +13,8 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from pipelines.environment import read_environment
+
 
 def _find_project() -> Path:
     """The nearest folder upwards that holds `dvc.yaml` and `params.yaml`, else the current one."""
@@ -108,5 +110,9 @@ class Settings(BaseSettings):
 
 @cache
 def get_settings() -> Settings:
-    """The settings of this process, read once, at the first call."""
-    return Settings()
+    """The settings of this process, read once, at the first call.
+
+    Raises:
+        Refusal: a variable holds what it cannot.
+    """
+    return read_environment(Settings)

@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import Field
 
 from pipelines.core.image_limits import ImageLimits
+from pipelines.environment import read_environment
 
 MIB = 2**20
 
@@ -76,5 +77,9 @@ class ServingSettings(ImageLimits):
 
 @cache
 def get_serving_settings() -> ServingSettings:
-    """The settings of this process, read once, at the first call."""
-    return ServingSettings()
+    """The settings of this process, read once, at the first call.
+
+    Raises:
+        Refusal: a variable holds what it cannot.
+    """
+    return read_environment(ServingSettings)

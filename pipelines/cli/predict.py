@@ -45,6 +45,7 @@ def predict(
     from pipelines.batch_prediction.released_model import take_released_model
     from pipelines.core.image_limits import ImageLimits
     from pipelines.data.sources.opening import without_secrets
+    from pipelines.environment import read_environment
     from pipelines.errors import Refusal
     from pipelines.settings import get_settings
 
@@ -66,7 +67,7 @@ def predict(
                 model_file,
                 identity,
                 out,
-                limits=ImageLimits(),
+                limits=read_environment(ImageLimits),
                 threads=settings.decode_workers,
                 name=f"the images of {without_secrets(location)}",
                 say=lambda line: typer.echo(f"  {line}", err=True),
