@@ -26,10 +26,10 @@ _OTLP_ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_END
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Start the server, or say why not and exit: 65 for a release that is refused, 75 for a store that is away."""
+    """Start the server, or say why not and exit: 65 for what is refused, 75 for a store that is away."""
     options = _parse(arguments)
-    settings = get_serving_settings()
     try:
+        settings = get_serving_settings()
         folder = prepare(
             settings,
             options.release or settings.release_url,
