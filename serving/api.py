@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 from starlette.requests import Request
 from starlette.responses import Response
 
+from pipelines.core.prediction_columns import PROBE_HEADER, PROBER
 from pipelines.core.prediction_ids import new_prediction_id
-from serving.authentication import Authenticator, Caller, require
+from serving.authentication import ANYBODY, Authenticator, Caller, require
 from serving.logs import RequestLog
 from serving.metrics import OTHER_ROUTE, ServiceMetrics
 from serving.problems import INTERNAL, METHOD_NOT_ALLOWED, NOT_FOUND, OVERLOADED, Problem
@@ -57,6 +58,14 @@ class Exchange:
     bytes_in: int = 0
     prediction_id: str = ""
     problem: str = ""
+
+    @property
+    def is_probe(self) -> bool:
+        """Whether the prober sent it, or the gateway a copy of what the prober sent: such a request is no client's."""
+        caller = self.caller
+        # Without authentication the prober is anybody, too.
+        is_prober = caller is not None and (caller.name == PROBER or caller is ANYBODY)
+        return is_prober and PROBE_HEADER in self.request.headers
 
 
 Handler = Callable[[Exchange], Awaitable[Response]]
@@ -128,7 +137,7 @@ class Api:
         finally:
             seconds = time.perf_counter() - started
             self._metrics.in_flight(-1)
-            self._metrics.observe_request(route, status, seconds, exchange.problem)
+            self._metrics.observe_request(route, status, seconds, exchange.problem, is_probe=exchange.is_probe)
             trace.end(status, problem=exchange.problem, request_id=request_id)
             self._request_log.log_request(
                 request_id=request_id,

@@ -13,7 +13,7 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.responses import Response
 
-from pipelines.core.prediction_columns import CLIENT, MIRROR, SHADOW_HEADER
+from pipelines.core.prediction_columns import CLIENT, MIRROR, PROBE, SHADOW_HEADER
 from pipelines.core.prediction_ids import new_prediction_id, time_of
 from serving.admission import Admission
 from serving.api import Endpoint, Exchange
@@ -236,7 +236,9 @@ class Endpoints:
         prediction_id = new_prediction_id()
         label = self._labels[answer.label_index]
         confidence = answer.probabilities[answer.label_index]
-        self._metrics.observe_prediction(label, confidence)
+        origin = PROBE if exchange.is_probe else MIRROR if SHADOW_HEADER in exchange.request.headers else CLIENT
+        if origin != PROBE:
+            self._metrics.observe_prediction(label, confidence)
         _trace_steps(exchange, answer)
         image = answer.image
         self._predictions.append(
@@ -256,7 +258,7 @@ class Endpoints:
                 n_bytes=len(data),
                 caller=exchange.caller.name if exchange.caller else "",
                 duration_ms=1000 * (time.perf_counter() - exchange.started),
-                origin=MIRROR if SHADOW_HEADER in exchange.request.headers else CLIENT,
+                origin=origin,
             )
         )
         probabilities = dict(zip(self._labels, answer.probabilities, strict=True))

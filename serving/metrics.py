@@ -13,6 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import psutil
@@ -116,20 +117,27 @@ class ServiceMetrics:
         self._define_process(onnx_sha256, release, max_concurrent)
 
     def _define_requests(self) -> None:
-        self._requests = self._counter("requests", "Requests answered.", "route", "code")
-        self._durations = self._histogram(
-            "request_duration_seconds",
-            "Time from a request's arrival to its answer.",
-            REQUEST_BUCKETS_S,
-            "route",
-            "code",
-        )
-        problems = self._counter("problems", "Requests answered with a problem, by its type.", "type")
-        self._problems = {kind.slug: problems.labels(*self._of_model, kind.slug) for kind in PROBLEM_TYPES}
-        self._request_children: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
+        self._of_clients = self._define_requests_of("", "Requests")
         for route in API_ROUTES:  # a counter that begins at 0 shows its first error; one that appears at 1 does not
             for code in ("200", "500", "503"):
-                self._requests.labels(*self._of_model, route, code)
+                self._of_clients.requests.labels(*self._of_model, route, code)
+        # Apart, so that no rate, quantile or alert over clients' requests has to leave them out.
+        self._of_prober = self._define_requests_of("probe_", "The prober's requests")
+
+    def _define_requests_of(self, prefix: str, whose: str) -> _Requests:
+        problems = self._counter(f"{prefix}problems", f"{whose} answered with a problem, by its type.", "type")
+        return _Requests(
+            self._of_model,
+            self._counter(f"{prefix}requests", f"{whose} answered.", "route", "code"),
+            self._histogram(
+                f"{prefix}request_duration_seconds",
+                f"Time from a request's arrival to its answer: {whose.lower()}.",
+                REQUEST_BUCKETS_S,
+                "route",
+                "code",
+            ),
+            {kind.slug: problems.labels(*self._of_model, kind.slug) for kind in PROBLEM_TYPES},
+        )
 
     def _define_predictions(self, labels: Sequence[str]) -> None:
         self._queue = self._histogram(
@@ -208,7 +216,9 @@ class ServiceMetrics:
 
     # The hot path: children are bound beforehand, a call is a few dictionary look-ups and memory writes.
 
-    def observe_request(self, route: str, status: int, duration_s: float, problem: str = "") -> None:
+    def observe_request(
+        self, route: str, status: int, duration_s: float, problem: str = "", *, is_probe: bool = False
+    ) -> None:
         """Counts an answered request.
 
         Args:
@@ -216,21 +226,23 @@ class ServiceMetrics:
             status: HTTP status code.
             duration_s: seconds from arrival to answer.
             problem: slug of the problem type it was answered with, if any.
+            is_probe: whether it was the prober's, which is no client.
         """
-        total, duration = self._request_children.get((route, status)) or self._bind(route, status)
+        requests = self._of_prober if is_probe else self._of_clients
+        total, duration = requests.bound.get((route, status)) or self._bind(requests, route, status)
         total.inc()
         duration.observe(duration_s)
-        if problem and problem in self._problems:
-            self._problems[problem].inc()
+        if problem and problem in requests.problems:
+            requests.problems[problem].inc()
 
-    def _bind(self, route: str, status: int) -> tuple[Counter, Histogram]:
+    def _bind(self, requests: _Requests, route: str, status: int) -> tuple[Counter, Histogram]:
         if route not in self._routes:
             route = OTHER_ROUTE
         key = (route, status)
-        if key not in self._request_children:
-            values = (*self._of_model, route, str(status))
-            self._request_children[key] = (self._requests.labels(*values), self._durations.labels(*values))
-        return self._request_children[key]
+        if key not in requests.bound:
+            values = (*requests.of_model, route, str(status))
+            requests.bound[key] = (requests.requests.labels(*values), requests.durations.labels(*values))
+        return requests.bound[key]
 
     def observe_prediction(self, label: str, confidence: float) -> None:
         """Counts a prediction; `confidence` is the probability of `label`, 0 to 1."""
@@ -312,6 +324,17 @@ class ServiceMetrics:
         self.refresh()
         metrics = live_metrics(self._directory) if self._directory else self._registry.collect()
         return generate_latest(_Snapshot(_ordered(metrics)))
+
+
+@dataclass
+class _Requests:
+    """What is counted of one kind of caller's requests; `bound` holds the children in use, by route and status."""
+
+    of_model: tuple[str, str]
+    requests: Counter
+    durations: Histogram
+    problems: dict[str, Counter]
+    bound: dict[tuple[str, int], tuple[Counter, Histogram]] = field(default_factory=dict)
 
 
 class _Snapshot:

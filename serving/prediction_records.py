@@ -29,7 +29,8 @@ class PredictionRecord:
         n_bytes: of the encoded image.
         caller: name of the key or subject of the token.
         duration_ms: from the request's arrival to its answer.
-        origin: `client`, or `mirror` where the gateway sent a copy, whose answer nobody got.
+        origin: `client`, or `mirror` where the gateway sent a copy, whose answer nobody got;
+            `probe` where the prober asked, a copy of that included.
     """
 
     prediction_id: str

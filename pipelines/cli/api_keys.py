@@ -39,8 +39,11 @@ def add(
     from rich.console import Console
 
     from pipelines.core.api_keys import editing, new_key
+    from pipelines.core.prediction_columns import PROBER
     from pipelines.errors import Refusal
 
+    if name == PROBER:
+        raise Refusal("the name", name, limit="any other: it marks the prober's own keys", way_out="name the client")
     until = expires.replace(tzinfo=UTC) if expires else None
     if until and until <= datetime.now(UTC):
         raise Refusal("--expires", until.isoformat(), limit="in the future", way_out="give a later date, or none")

@@ -44,6 +44,7 @@ class Origin(StrEnum):
 
     CLIENT = "client"
     MIRROR = "mirror"
+    PROBE = "probe"
     ALL = "all"
 
 
@@ -58,7 +59,8 @@ def list_predictions(
         float | None, typer.Option("--max-confidence", min=0, max=1, help="Only where the model was at most this sure.")
     ] = None,
     origin: Annotated[
-        Origin, typer.Option("--origin", help="Only what clients asked, or copies of it that a canary got, or all.")
+        Origin,
+        typer.Option("--origin", help="Only what clients asked, copies of it that a canary got, probes, or all."),
     ] = Origin.CLIENT,
     count: Annotated[CountedBy | None, typer.Option("--count", help="Count them by this instead of listing.")] = None,
     accuracy: Annotated[

@@ -48,7 +48,7 @@ class Filter:
         caller: name of the key or subject of the token.
         since: earliest time, UTC, without a zone.
         max_confidence: largest probability of the predicted label.
-        origin: whose the request was, by default a client's: copies of requests were answered to nobody.
+        origin: whose the request was, by default a client's: nobody reads the answers to copies and probes.
     """
 
     model: str = ""

@@ -162,6 +162,7 @@ class LocalTarget:
             latency_buckets=counts.latency_buckets,
             labels=counts.labels,
             client_errors=counts.client_errors,
+            probes=counts.probes,
         )
 
     def remove(self, slot: Slot) -> None:

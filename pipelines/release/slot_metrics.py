@@ -9,6 +9,7 @@ What is counted, and why:
   prediction endpoints at most as many are errors as there were problems of these two types.
 - Latency is that of `/v1/predict`, answered with 200; a batch takes as long as it is large.
 - 499, the client went away, is neither: nobody was answered.
+- What the prober sent is counted likewise, and apart.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from __future__ import annotations
 import http.client
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from pipelines.release.local_layout import HOST
+from pipelines.release.targets import ProbeCounters
 
 PREDICTION_ROUTES = frozenset({"/v1/predict", "/v1/predict/batch"})
 _TIMED_ROUTE = "/v1/predict"
@@ -39,6 +41,7 @@ class ServiceCounts:
         latency_buckets: upper bound in seconds to cumulative count; the last is infinite.
         labels: predicted label to count.
         release: digest of what is served.
+        probes: the prober's requests, in none of the others.
     """
 
     requests: int = 0
@@ -48,6 +51,7 @@ class ServiceCounts:
     latency_buckets: dict[float, int] = field(default_factory=dict)
     labels: dict[str, int] = field(default_factory=dict)
     release: str = ""
+    probes: ProbeCounters = field(default_factory=ProbeCounters)
 
 
 def fetch_metrics(port: int, timeout_s: float = 3.0) -> str:
@@ -76,34 +80,63 @@ def read_counts(text: str) -> ServiceCounts:
     Raises:
         ValueError: it is no such text.
     """
-    counts = ServiceCounts()
-    codes: dict[int, int] = defaultdict(int)
-    problems: dict[str, int] = defaultdict(int)
-    buckets: dict[float, int] = defaultdict(int)
-    for name, labels, value in _samples(text):
-        if name == "perch_requests_total" and labels["route"] in PREDICTION_ROUTES:
-            codes[int(labels["code"])] += value
-        elif name == "perch_problems_total":
-            problems[labels["type"]] += value
+    return sum_counts(_samples(text))
+
+
+def sum_counts(samples: Iterable[tuple[str, Mapping[str, str], int]]) -> ServiceCounts:
+    """The counts in samples of one service, or of several that serve the same release.
+
+    Args:
+        samples: name, labels and value of each.
+    """
+    counts, clients, prober = ServiceCounts(), _Answers(), _Answers()
+    for name, labels, value in samples:
+        if name.startswith("perch_probe_"):
+            prober.add(name.removeprefix("perch_probe_"), labels, value)
         elif name == "perch_worker_starts_total":
             counts.worker_starts += value
         elif name == "perch_predictions_total":
-            counts.labels[labels["label"]] = value
+            counts.labels[labels["label"]] = counts.labels.get(labels["label"], 0) + value
         elif name == "perch_model_info":
             counts.release = labels["release"]
-        elif name == "perch_request_duration_seconds_bucket" and _is_timed(labels):
-            buckets[float(labels["le"])] += value
-    due = sum(problems[slug] for slug in _ERRORS_OF_503)
-    counts.errors = sum(count for code, count in codes.items() if code >= 500 and code != _UNAVAILABLE)
-    counts.errors += min(codes[_UNAVAILABLE], due)
-    counts.requests = codes[200] + counts.errors
-    counts.client_errors = sum(count for code, count in codes.items() if 400 <= code < 499)
-    counts.latency_buckets = dict(sorted(buckets.items())) or {math.inf: 0}
+        else:
+            clients.add(name.removeprefix("perch_"), labels, value)
+    counts.requests, counts.errors, counts.client_errors = clients.requests, clients.errors, clients.client_errors
+    counts.latency_buckets = dict(sorted(clients.buckets.items())) or {math.inf: 0}
+    buckets = dict(sorted(prober.buckets.items()))
+    counts.probes = ProbeCounters(prober.requests, prober.errors, prober.client_errors, buckets)
     return counts
 
 
-def _is_timed(labels: dict[str, str]) -> bool:
-    return labels["route"] == _TIMED_ROUTE and labels["code"] == "200"
+@dataclass
+class _Answers:
+    """What one kind of caller was answered: by status, by type of problem, and how quickly."""
+
+    codes: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+    problems: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    buckets: dict[float, int] = field(default_factory=lambda: defaultdict(int))
+
+    def add(self, name: str, labels: Mapping[str, str], value: int) -> None:
+        if name == "requests_total" and labels["route"] in PREDICTION_ROUTES:
+            self.codes[int(labels["code"])] += value
+        elif name == "problems_total":
+            self.problems[labels["type"]] += value
+        elif name == "request_duration_seconds_bucket" and (labels["route"], labels["code"]) == (_TIMED_ROUTE, "200"):
+            self.buckets[float(labels["le"])] += value
+
+    @property
+    def errors(self) -> int:
+        due = sum(self.problems[slug] for slug in _ERRORS_OF_503)
+        surely = sum(count for code, count in self.codes.items() if code >= 500 and code != _UNAVAILABLE)
+        return surely + min(self.codes[_UNAVAILABLE], due)
+
+    @property
+    def requests(self) -> int:
+        return self.codes[200] + self.errors
+
+    @property
+    def client_errors(self) -> int:
+        return sum(count for code, count in self.codes.items() if 400 <= code < 499)
 
 
 def _samples(text: str) -> Iterator[tuple[str, dict[str, str], int]]:

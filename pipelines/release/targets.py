@@ -7,7 +7,7 @@ an engine that was killed finds out what it had done.  Every method is idempoten
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Protocol
 
@@ -52,6 +52,16 @@ class Routing:
 
 
 @dataclass(frozen=True)
+class ProbeCounters:
+    """What a slot's service has counted of the prober's requests; members as in `SlotCounters`."""
+
+    requests: int = 0
+    errors: int = 0
+    client_errors: int = 0
+    latency_buckets: Mapping[float, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class SlotCounters:
     """What a slot's service has counted since it started; a window is the difference of two.
 
@@ -64,6 +74,7 @@ class SlotCounters:
         latency_buckets: upper bound in seconds to cumulative count, as in a Prometheus histogram; the last is infinite.
         labels: predicted label to count.
         client_errors: answered with 4xx, in none of the others: a release may wrongly turn good images away.
+        probes: the prober's requests, in none of the others but `crashes`.
     """
 
     taken_at: float
@@ -74,6 +85,20 @@ class SlotCounters:
     latency_buckets: Mapping[float, int]
     labels: Mapping[str, int]
     client_errors: int = 0
+    probes: ProbeCounters = ProbeCounters()
+
+    def with_probes(self) -> SlotCounters:
+        """The same with the prober's requests as if they were clients'; `labels` stay those of clients."""
+        probes, bounds = self.probes, sorted({*self.latency_buckets, *self.probes.latency_buckets})
+        return replace(
+            self,
+            requests=self.requests + probes.requests,
+            errors=self.errors + probes.errors,
+            client_errors=self.client_errors + probes.client_errors,
+            latency_buckets={
+                bound: self.latency_buckets.get(bound, 0) + probes.latency_buckets.get(bound, 0) for bound in bounds
+            },
+        )
 
 
 @dataclass(frozen=True)

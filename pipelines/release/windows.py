@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from pipelines.release.rollout_state import Baseline
-from pipelines.release.targets import ReleaseTarget, Slot, SlotCounters
+from pipelines.release.targets import ProbeCounters, ReleaseTarget, Slot, SlotCounters
+
+_Key = TypeVar("_Key")
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,8 @@ def difference(now: SlotCounters, then: SlotCounters | None, *, restart_is_crash
     """
     if then is None:
         return now
-    if now.started_at != then.started_at or now.requests < then.requests:
+    is_anew = now.requests < then.requests or now.probes.requests < then.probes.requests
+    if now.started_at != then.started_at or is_anew:
         crashes = max(now.crashes - then.crashes, 1 if restart_is_crash else 0)
         return replace(now, crashes=crashes)
     return replace(
@@ -61,12 +66,20 @@ def difference(now: SlotCounters, then: SlotCounters | None, *, restart_is_crash
         requests=now.requests - then.requests,
         errors=max(0, now.errors - then.errors),
         crashes=max(0, now.crashes - then.crashes),
-        latency_buckets={
-            bound: max(0, count - then.latency_buckets.get(bound, 0)) for bound, count in now.latency_buckets.items()
-        },
-        labels={label: max(0, count - then.labels.get(label, 0)) for label, count in now.labels.items()},
+        latency_buckets=_less(now.latency_buckets, then.latency_buckets),
+        labels=_less(now.labels, then.labels),
         client_errors=max(0, now.client_errors - then.client_errors),
+        probes=ProbeCounters(
+            requests=now.probes.requests - then.probes.requests,
+            errors=max(0, now.probes.errors - then.probes.errors),
+            client_errors=max(0, now.probes.client_errors - then.probes.client_errors),
+            latency_buckets=_less(now.probes.latency_buckets, then.probes.latency_buckets),
+        ),
     )
+
+
+def _less(now: Mapping[_Key, int], then: Mapping[_Key, int]) -> dict[_Key, int]:
+    return {key: max(0, count - then.get(key, 0)) for key, count in now.items()}
 
 
 def zero_of(counters: SlotCounters) -> SlotCounters:
@@ -79,4 +92,5 @@ def zero_of(counters: SlotCounters) -> SlotCounters:
         latency_buckets=dict.fromkeys(counters.latency_buckets, 0),
         labels={},
         client_errors=0,
+        probes=ProbeCounters(),
     )

@@ -72,3 +72,8 @@ def test_add__wrong_values__are_refused(tmp_path: Path) -> None:
         _run("add", "two words", "--file", file)
     assert _run("add", "a", "--scope", "everything", "--file", file).exit_code == 2
     assert not Path(file).exists()
+
+
+def test_add__the_name_of_the_prober__is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match="marks the prober's own keys"):
+        _run("add", "prober", "--file", str(tmp_path / "keys.json"))

@@ -58,3 +58,19 @@ def test_read_counts__no_metrics__is_an_error() -> None:
 def test_fetch_metrics__nobody_there__is_an_error() -> None:
     with pytest.raises(OSError, match="refused"):
         fetch_metrics(any_free_port())
+
+
+def test_read_counts__what_the_prober_was_answered__is_counted_likewise_and_apart() -> None:
+    service = metrics()
+    service.observe_request("/v1/predict", 200, 0.02)
+    for _ in range(3):
+        service.observe_request("/v1/predict", 200, 0.3, is_probe=True)
+    service.observe_request("/v1/predict", 500, 0.1, "internal", is_probe=True)
+    service.observe_request("/v1/predict", 503, 10.0, "out-of-time", is_probe=True)
+    service.observe_request("/v1/predict", 503, 0.001, "overloaded", is_probe=True)
+    service.observe_request("/v1/predict", 422, 0.002, "unreadable-image", is_probe=True)
+    counts = read_counts(service.render().decode())
+    assert (counts.requests, counts.errors, counts.client_errors, counts.latency_buckets[math.inf]) == (1, 0, 0, 1)
+    probes = counts.probes
+    assert (probes.requests, probes.errors, probes.client_errors) == (5, 2, 1)
+    assert (probes.latency_buckets[0.2], probes.latency_buckets[0.35], probes.latency_buckets[math.inf]) == (0, 3, 3)

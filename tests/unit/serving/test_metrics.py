@@ -258,6 +258,7 @@ def test_render__to_promtool__is_well_formed(start_worker: type[Worker]) -> None
 
 def test_metrics_page__its_table__is_what_the_service_shows(metrics: ServiceMetrics) -> None:
     metrics.observe_request("/v1/predict", 200, 0.004)
+    metrics.observe_request("/v1/predict", 200, 0.004, is_probe=True)
     shown = {}
     for family in text_string_to_metric_families(metrics.render().decode()):
         name = f"{family.name}_total" if family.type == "counter" else family.name

@@ -13,14 +13,15 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from pipelines.core.api_keys import ApiKeyFile, Scope, new_key, write_keys
-from pipelines.core.prediction_columns import SHADOW_HEADER
+from pipelines.core.prediction_columns import PROBE_HEADER, PROBER, SHADOW_HEADER
 from pipelines.core.prediction_ids import new_prediction_id
+from pipelines.release.slot_metrics import read_counts
 from serving import release as release_module
 from serving.problems import MEDIA_TYPE
 from serving.settings import get_serving_settings
 from tests.unit.serving.conftest import MakeImage
 
-SCOPES = {"all": tuple(Scope), "predictor": (Scope.PREDICT,), "slow": (Scope.PREDICT,)}
+SCOPES = {"all": tuple(Scope), "predictor": (Scope.PREDICT,), "slow": (Scope.PREDICT,), PROBER: (Scope.PREDICT,)}
 
 
 PAGE_PARTS = [
@@ -310,3 +311,32 @@ def test_prediction__of_a_copy_that_the_gateway_sent__is_kept_as_such(
     client.__enter__()
     files = (tmp_path / "predictions").rglob("*.parquet")
     assert sorted(pq.ParquetFile(file).read()["origin"].to_pylist() for file in files)[0] == ["client", "mirror"]
+
+
+def test_prediction__of_the_prober__is_kept_as_such_and_in_none_of_the_clients_numbers(
+    client: TestClient, keys: dict[str, str], make_image: MakeImage, tmp_path: Path
+) -> None:
+    import pyarrow.parquet as pq
+
+    before = read_counts(client.get("/metrics").text)
+    probe = {PROBE_HEADER: "1", "X-API-Key": keys[PROBER]}
+    client.post("/v1/predict", content=make_image(), headers=probe)
+    client.post("/v1/predict", content=make_image(), headers={**probe, SHADOW_HEADER: "1"})
+    client.post("/v1/predict", content=b"no image", headers=probe)
+    after = read_counts(client.get("/metrics").text)
+    assert (after.requests, after.client_errors, after.labels) == (before.requests, before.client_errors, before.labels)
+    assert after.probes.requests - before.probes.requests == 2
+    assert after.probes.client_errors - before.probes.client_errors == 1
+    client.__exit__(None, None, None)
+    client.__enter__()
+    (file,) = (tmp_path / "predictions").rglob("*.parquet")
+    assert pq.ParquetFile(file).read()["origin"].to_pylist() == ["probe", "probe"]
+
+
+def test_prediction__that_a_client_calls_a_probe__is_a_clients(client: TestClient, make_image: MakeImage) -> None:
+    before = read_counts(client.get("/metrics").text)
+    client.post("/v1/predict", content=make_image(), headers={PROBE_HEADER: "1"})
+    client.post("/v1/predict", content=make_image(), headers={PROBE_HEADER: "1", "X-API-Key": "perch_nobody"})
+    after = read_counts(client.get("/metrics").text)
+    assert (after.requests - before.requests, after.client_errors - before.client_errors) == (1, 1)
+    assert after.probes.requests == before.probes.requests
