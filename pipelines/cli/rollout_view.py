@@ -70,6 +70,8 @@ def render_rollout(state: RolloutState, actual: TargetState | None, reading: Ste
     if reading is not None and state.step.is_watched:
         lines.append(_render_gates(reading))
         lines.append(Text(f"  stable     {reading.stable_requests:,} requests in the same window"))
+        if prober := _describe_prober(state, reading):
+            lines.append(Text(f"  prober     {prober}"))
         lines.append(Text(f"  {_describe_next(state, reading, now)}", style=_STYLES.get(reading.verdict, "")))
     if state.waiting_for and not state.is_finished:
         lines.append(Text(f"  waits for {state.waiting_for}", style="yellow"))
@@ -97,6 +99,14 @@ def _render_verdict(gate: GateReading) -> Text:
         return Text(f"rollback {gate.evidence:4.0%} {bar}", style="red")
     word = {"promote": "ok", "need more data": "more data"}.get(gate.verdict, gate.verdict)
     return Text(word, style=_STYLES.get(gate.verdict, ""))
+
+
+def _describe_prober(state: RolloutState, reading: StepReading) -> str:
+    params = state.plan.params
+    if not params.probe_requests_per_s:
+        return ""
+    counts = "of the canary's requests were probes" if params.count_probes else "probes to the canary, no evidence"
+    return f"{reading.probes:,} {counts}; at most {params.probe_requests_per_s:g} per second"
 
 
 def _describe_next(state: RolloutState, reading: StepReading, now: float) -> str:

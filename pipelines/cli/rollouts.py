@@ -201,7 +201,10 @@ def rollback(
 
 
 def watchdog() -> None:
-    """Watch every release once per second, and ledger and aliases, until ended; takes traffic away, gives none."""
+    """Watch every release once per second, and ledger and aliases, until ended; takes traffic away, gives none.
+
+    Where `model_release.probe_requests_per_s` asks for it, it also sends test images when clients send too little.
+    """
     import logging
     import signal
     import threading
@@ -212,6 +215,7 @@ def watchdog() -> None:
     from pipelines.registry.ledger_watch import LedgerWatch
     from pipelines.release.audit import Audit
     from pipelines.release.watchdog import Watchdog
+    from pipelines.services.probing import open_prober
     from pipelines.services.rollouts import open_world
     from pipelines.settings import get_settings
 
@@ -229,6 +233,9 @@ def watchdog() -> None:
         Audit(compare_aliases, send_notice),
     ):
         threading.Thread(target=audit.run, args=(stop,), daemon=True, name="audit").start()
+    # In its own thread too: probes wait for answers, and one that fails only means less evidence.
+    prober = open_prober(settings)
+    threading.Thread(target=prober.run, args=(stop,), daemon=True, name="prober").start()
     logging.info("watching releases")
     Watchdog(open_world(settings, patient=False), _alert_aside).run(stop)
 

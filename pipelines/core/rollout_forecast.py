@@ -66,6 +66,7 @@ class StepForecast:
         minutes: on average, not below the shortest time a step lasts; None without traffic, or without `requests`.
         likely_minutes: that suffice in nine of ten cases; None likewise.
         sentence: all this for a person.
+        probes_per_s: requests per second that the prober adds to the present traffic, as far as they count.
     """
 
     step: str
@@ -75,6 +76,7 @@ class StepForecast:
     minutes: float | None
     likely_minutes: float | None
     sentence: str
+    probes_per_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ def forecast_step(
     *,
     requests_per_s: float,
     min_step_s: float = 0.0,
+    max_probes_per_s: float = 0.0,
     healthy: HealthyCanary | None = None,
 ) -> StepForecast:
     """Say what a step will need.
@@ -107,16 +110,39 @@ def forecast_step(
         limits: of its gates.
         requests_per_s: all requests per second at present; 0 or NaN when there are none.
         min_step_s: seconds that the step lasts at least.
+        max_probes_per_s: requests per second that a prober may add.
         healthy: what a healthy canary is taken to be.
     """
     healthy = healthy or HealthyCanary()
     gates = _shadow_gates(limits, healthy) if plan.phase == "shadow" else _canary_gates(limits, healthy)
     requests = _slowest([gate.requests for gate in gates])
     likely = _slowest([gate.likely_requests for gate in gates])
-    rate = requests_per_s * plan.share if requests_per_s > 0 else 0.0
+    present = max(requests_per_s, 0.0) if math.isfinite(requests_per_s) else 0.0
+    probes = probes_per_s(
+        likely, plan.share, requests_per_s=present, within_s=min_step_s, max_probes_per_s=max_probes_per_s
+    )
+    rate = (present + probes) * plan.share
     minutes, likely_minutes = (_minutes(count, rate, min_step_s) for count in (requests, likely))
-    sentence = _sentence(plan.name, gates, requests, likely, minutes, likely_minutes)
-    return StepForecast(plan.name, gates, requests, likely, minutes, likely_minutes, sentence)
+    sentence = _sentence(plan.name, gates, requests, likely, minutes, likely_minutes, probes)
+    return StepForecast(plan.name, gates, requests, likely, minutes, likely_minutes, sentence, probes)
+
+
+def probes_per_s(
+    likely_requests: int | None, share: float, *, requests_per_s: float, within_s: float, max_probes_per_s: float
+) -> float:
+    """Requests per second that a prober adds, so that a step has its evidence by when it may end at the earliest.
+
+    Args:
+        likely_requests: of the canary, that suffice in nine of ten cases; None where none suffice.
+        share: of all requests that reach the canary, 0 to 1.
+        requests_per_s: what clients send, to all slots.
+        within_s: seconds that the step lasts at least; 0: as quickly as allowed.
+        max_probes_per_s: the most that is allowed.
+    """
+    if likely_requests is None:
+        return 0.0
+    needed = likely_requests / (share * within_s) if within_s > 0 else math.inf
+    return min(max(needed - requests_per_s, 0.0), max_probes_per_s)
 
 
 def forecast_rollout(
@@ -125,11 +151,19 @@ def forecast_rollout(
     *,
     requests_per_s: float,
     min_step_s: float = 0.0,
+    max_probes_per_s: float = 0.0,
     healthy: HealthyCanary | None = None,
 ) -> tuple[StepForecast, ...]:
     """Say what each step of a rollout will need; arguments as for `forecast_step`."""
     return tuple(
-        forecast_step(plan, limits, requests_per_s=requests_per_s, min_step_s=min_step_s, healthy=healthy)
+        forecast_step(
+            plan,
+            limits,
+            requests_per_s=requests_per_s,
+            min_step_s=min_step_s,
+            max_probes_per_s=max_probes_per_s,
+            healthy=healthy,
+        )
         for plan in plans
     )
 
@@ -203,6 +237,7 @@ def _sentence(
     likely: int | None,
     minutes: float | None,
     likely_minutes: float | None,
+    probes: float,
 ) -> str:
     hopeless = [gate.name for gate in gates if gate.requests is None]
     if requests is None or likely is None:
@@ -211,4 +246,5 @@ def _sentence(
     text = f"{name}: about {requests:,} requests to the canary, at most {likely:,} in nine of ten cases ({each})"
     if minutes is None or likely_minutes is None:
         return f"{text}; there is no traffic now, and without it nothing is promoted"
-    return f"{text}; {minutes:,.1f} min at present traffic, at most {likely_minutes:,.1f} in nine of ten cases"
+    traffic = f"present traffic and {probes:.2g} probes/s" if probes else "present traffic"
+    return f"{text}; {minutes:,.1f} min at {traffic}, at most {likely_minutes:,.1f} in nine of ten cases"

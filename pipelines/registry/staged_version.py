@@ -78,6 +78,7 @@ def record_staging(
     golden_images: int,
     failed: Sequence[str],
     candidate_alias: str,
+    probes_sha256: str = "",
 ) -> Record:
     """Write into the ledger how a release did in staging, and move the candidate's alias to who may be released next.
 
@@ -93,6 +94,7 @@ def record_staging(
         golden_images: of these, images whose answers were compared.
         failed: names of the smoke tests that failed; none: it passed.
         candidate_alias: the alias to move.
+        probes_sha256: of the prober's images; empty where none are kept.
 
     Raises:
         TryLater: MLflow or the ledger's database did not answer.
@@ -105,6 +107,8 @@ def record_staging(
         "smoke_tests": smoke_tests,
         "golden_images": golden_images,
     }
+    if probes_sha256:
+        evidence["probes_sha256"] = probes_sha256
     if failed:
         evidence["failed"] = list(failed)
     try:
@@ -151,6 +155,20 @@ def staged_digest(settings: Settings, model: str, version: str) -> str:
         limit="its smoke tests, all of them",
         way_out="`perch deploy_to_staging --run RUN` asks them; `perch models` names the run",
     )
+
+
+def staged_probes(settings: Settings, model: str, version: str, release_sha256: str) -> str:
+    """SHA-256 of the prober's images for a release, by its last row `staged`; empty where none are kept.
+
+    Raises:
+        TryLater: the ledger's database did not answer.
+    """
+    for record in reversed(_entries(settings, model)):
+        if record.event == "staged" and record.version == version:
+            evidence = json.loads(record.evidence)
+            if evidence["release_sha256"] == release_sha256:
+                return str(evidence.get("probes_sha256", ""))
+    return ""
 
 
 def _entries(settings: Settings, model: str) -> list[Record]:

@@ -253,7 +253,7 @@ class ReleaseEngine:
         step = state.plan.after(state.step, is_first=state.is_first)
         now = world.clock()
         runs = world.target.state().slots.get(Slot.CANARY) == state.release
-        requests = state.reading.requests if state.reading else 0
+        requests, probes = (state.reading.requests, state.reading.probes) if state.reading else (0, 0)
         intent = replace(
             state,
             step=step,
@@ -266,7 +266,7 @@ class ReleaseEngine:
             baseline=observe_baseline(world.target, canary_runs=runs),
             reading=None,
             waiting_for="",
-            passages=(*state.passages, Passage(step.name, now, str(because.get("reason", "")), requests)),
+            passages=(*state.passages, Passage(step.name, now, str(because.get("reason", "")), requests, probes)),
         )
         row = world.rollouts.save(row, intent.to_document(), is_open=True)
         return self._enter(row, intent)
@@ -395,6 +395,7 @@ def _because(reading: StepReading) -> dict[str, Any]:
     return {
         "requests": reading.requests,
         "stable_requests": reading.stable_requests,
+        **({"probes": reading.probes} if reading.probes else {}),
         "reason": reading.reason,
         "gates": {gate.name: f"{gate.verdict}: {gate.text}" for gate in reading.gates},
     }

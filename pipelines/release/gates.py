@@ -38,6 +38,8 @@ class Gates:
     def __call__(self, state: RolloutState, window: Window) -> StepReading:
         """What the gates say of a window."""
         is_shadow = state.step.phase is Phase.SHADOW
+        if state.plan.params.count_probes:
+            window = Window(_with_probes(window.canary), _with_probes(window.stable))
         judgement = judge(
             CanaryWindow(
                 canary=self._slot(window.canary),
@@ -73,6 +75,10 @@ class Gates:
         return found
 
 
+def _with_probes(counters: SlotCounters | None) -> SlotCounters | None:
+    return counters.with_probes() if counters else None
+
+
 def limits_of(params: ModelReleaseParams) -> CanaryLimits:
     """The limits of the judgement that a section `model_release` asks for."""
     return CanaryLimits(
@@ -99,6 +105,7 @@ def forecast(plan: Plan, *, requests_per_s: float, is_first: bool) -> tuple[Step
         limits_of(plan.params),
         requests_per_s=requests_per_s,
         min_step_s=plan.params.min_step_s,
+        max_probes_per_s=plan.params.probe_requests_per_s if plan.params.count_probes else 0.0,
     )
 
 
@@ -131,3 +138,4 @@ def _read(judgement: Judgement, window: Window) -> StepReading:
         stable_requests=window.stable.requests if window.stable else 0,
         memory={"turning_points": _TURNING_POINTS.dump_python(dict(judgement.turning_points), mode="json")},
     )
+        probes=window.canary.probes.requests if window.canary else 0,

@@ -136,7 +136,8 @@ def _describe_course(passages: Sequence[Passage]) -> str:
     parts = []
     for step, following in pairwise(passages):
         if step.step not in (PENDING.name, PROMOTED.name):
-            parts.append(f"{describe_step(step.step)} {following.requests:,}")
+            probes = f" ({following.probes:,} probes)" if following.probes else ""
+            parts.append(f"{describe_step(step.step)} {following.requests:,}{probes}")
     return " · ".join(parts)
 
 

@@ -51,6 +51,7 @@ class StepReading:
         requests: of the canary in this step.
         stable_requests: of the stable slot in the same time.
         memory: what the next judgement of the same step is to be given, as a JSON tree.
+        probes: the prober's requests to the canary in this step; in `requests` only where they count as evidence.
     """
 
     verdict: str
@@ -59,16 +60,18 @@ class StepReading:
     requests: int = 0
     stable_requests: int = 0
     memory: Mapping[str, Any] = field(default_factory=dict)
+    probes: int = 0
 
 
 @dataclass(frozen=True)
 class Passage:
-    """A step that was reached, and when."""
+    """A step that was reached, and when; why, and after how many requests and probes of the one before."""
 
     step: str
     at: float
     reason: str = ""
     requests: int = 0
+    probes: int = 0
 
 
 @dataclass(frozen=True)

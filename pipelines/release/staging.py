@@ -16,7 +16,7 @@ from pipelines.release.smoke_tests import Expected, SmokeTest, run_smoke_tests
 from pipelines.release.targets import ReleaseRef, Slot, SlotCounters
 
 CALLER = "staging"  # name of the key, by which its predictions are known among the kept ones
-_KEY_LIFE = timedelta(minutes=30)
+KEY_LIFE = timedelta(minutes=30)
 
 
 class StagingPlace(Protocol):
@@ -96,14 +96,14 @@ def stage_release(
 
 
 @contextmanager
-def temporary_key(file: Path) -> Iterator[str]:
+def temporary_key(
+    file: Path, name: str = CALLER, scopes: tuple[Scope, ...] = (Scope.PREDICT, Scope.MODEL)
+) -> Iterator[str]:
     """An API key that is valid for the block, and, should nobody take it away, for half an hour."""
-    key, record = new_key(
-        CALLER, (Scope.PREDICT, Scope.MODEL), rate_per_s=1e6, burst=1_000_000, expires=datetime.now(UTC) + _KEY_LIFE
-    )
+    key, record = new_key(name, scopes, rate_per_s=1e6, burst=1_000_000, expires=datetime.now(UTC) + KEY_LIFE)
     with editing(file) as keys:
         # Keys that a killed run has left behind.
-        keys[:] = [known for known in keys if known.name != CALLER or not known.expired(datetime.now(UTC))]
+        keys[:] = [known for known in keys if known.name != name or not known.expired(datetime.now(UTC))]
         keys.append(record)
     try:
         yield key

@@ -20,7 +20,7 @@ from pipelines.params import ModelReleaseParams, check_params, load_params, over
 from pipelines.registry.aliases import RegistryAliases
 from pipelines.registry.ledger import Ledger
 from pipelines.registry.rollout_table import RolloutTable
-from pipelines.registry.staged_version import read_evidence, staged_digest
+from pipelines.registry.staged_version import read_evidence, staged_digest, staged_probes
 from pipelines.release.approvals import ApprovalRequest, Response, evidence_hash
 from pipelines.release.artifact_store import open_store
 from pipelines.release.engine import ReleaseEngine, ReleaseRequest
@@ -135,6 +135,8 @@ def begin_release(
         release=release,
         champion=champion,
         requested_by=requested_by,
+    if plan.params.probe_requests_per_s > 0 and champion is not None:
+        _require_probe_images(settings, release)
         evidence_sha256=read_evidence_hash(settings, release, plan),
         run_id=_run_of(settings, model, str(version)),
         forecast={"steps": [asdict(step) for step in expected]},
@@ -261,13 +263,29 @@ def _compare_answers(settings: Settings, state: RolloutState) -> MirrorWindow | 
         return None
     since = datetime.fromtimestamp(state.entered_at, UTC)
     return compare_answers(
-        open_predictions(settings), state.release.model, state.champion.version, state.release.version, since
+        open_predictions(settings),
+        state.release.model,
+        state.champion.version,
+        state.release.version,
+        since,
+        count_probes=state.plan.params.count_probes,
     )
 
 
 def _run_of(settings: Settings, model: str, version: str) -> str:
     rows = [row for row in _entries(settings, model) if row.event == "registered" and row.version == version]
     return str(json.loads(rows[-1].evidence).get("run_id", "")) if rows else ""
+
+
+def _require_probe_images(settings: Settings, release: ReleaseRef) -> None:
+    """Refuse a release whose forecast would count on a prober that has nothing to send."""
+    if not staged_probes(settings, release.model, release.version, release.digest):
+        raise Refusal(
+            f"the prober of {release.model} v{release.version}",
+            "has no images to send",
+            way_out="only a run whose model_release.probe_requests_per_s is above 0 keeps them; begin with "
+            "--set model_release.probe_requests_per_s=0, or release a version of such a run",
+        )
 
 
 def _last_staged(settings: Settings, model: str) -> int:

@@ -46,10 +46,12 @@ def run(params: Params, workspace: Workspace) -> DeployToStagingResult:
         Refusal: a smoke test failed; the message names each with its value and its limit, the report holds all.
         TryLater: the service was not ready in time, or MLflow, the ledger or the place to run did not answer.
     """
+    from pipelines.core.image_limits import ImageLimits
     from pipelines.core.release_unit import release_name
     from pipelines.registry.staged_version import read_evidence, record_staging
     from pipelines.release.approvals import evidence_hash
     from pipelines.release.artifact_store import open_store
+    from pipelines.release.probe_images import MOST_BYTES, keep_probe_images
     from pipelines.release.staging import stage_release
     from pipelines.release.steps import Plan
     from pipelines.release.targets import ReleaseRef
@@ -69,6 +71,12 @@ def run(params: Params, workspace: Workspace) -> DeployToStagingResult:
             ready_timeout_s=params.model_release.ready_timeout_s,
         )
     write_json(workspace.root / REPORT, report.as_tree())
+    probes_sha256 = ""
+    if params.model_release.probe_requests_per_s > 0 and not report.failed:
+        probes = choose_golden(
+            workspace, len(expected.labels), params.deploy_to_staging.probe_images, ImageLimits(), MOST_BYTES
+        )
+        probes_sha256 = keep_probe_images(open_store(settings), digest, [image.data for image in probes])
     passed, count = len(report.tests) - len(report.failed), len(report.tests)
     record_staging(
         settings,
@@ -80,6 +88,7 @@ def run(params: Params, workspace: Workspace) -> DeployToStagingResult:
         golden_images=len(expected.golden),
         failed=[test.name for test in report.failed],
         candidate_alias=params.model_registration.candidate_alias,
+        probes_sha256=probes_sha256,
     )
     if report.failed:
         raise Refusal(
@@ -132,7 +141,9 @@ def _expect(params: Params, workspace: Workspace, version: str, digest: str) -> 
     )
 
 
-def choose_golden(workspace: Workspace, n_labels: int, most: int, limits: ImageLimits) -> list[GoldenImage]:
+def choose_golden(
+    workspace: Workspace, n_labels: int, most: int, limits: ImageLimits, most_bytes: float = float("inf")
+) -> list[GoldenImage]:
     """Images of the test split, evenly spread over it, with the probabilities that the evaluation kept.
 
     Args:
@@ -140,6 +151,7 @@ def choose_golden(workspace: Workspace, n_labels: int, most: int, limits: ImageL
         n_labels: columns `p_0` and on.
         most: how many images.
         limits: of the service; larger images are left out, for it refuses them.
+        most_bytes: of all images together.
 
     Raises:
         Refusal: the service would take none of the test images.
@@ -154,7 +166,7 @@ def choose_golden(workspace: Workspace, n_labels: int, most: int, limits: ImageL
     predictions = pq.read_table(workspace.evaluation / "predictions.parquet", columns=columns).to_pylist()
     images = pq.read_table(workspace.splits / "images.parquet", columns=["key", "n_bytes", "width_px", "height_px"])
     taken = {
-        row["key"]
+        row["key"]: row["n_bytes"]
         for row in images.to_pylist()
         if row["n_bytes"] <= limits.max_body_bytes and row["width_px"] * row["height_px"] <= limits.max_pixels
     }
@@ -166,8 +178,14 @@ def choose_golden(workspace: Workspace, n_labels: int, most: int, limits: ImageL
             limit=f"{limits.max_body_bytes:,} bytes and {limits.max_pixels:,} pixels",
             way_out="raise PERCH_SERVING_MAX_BODY_BYTES or PERCH_SERVING_MAX_PIXELS, here and where it is served",
         )
-    chosen = np.unique(np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(int))
-    rows = [rows[index] for index in chosen]
+    count, every = min(most, len(rows)), rows
+    while True:
+        chosen = np.unique(np.linspace(0, len(every) - 1, count).round().astype(int))
+        rows = [every[index] for index in chosen]
+        n_bytes = sum(taken[row["key"]] for row in rows)
+        if n_bytes <= most_bytes or count == 1:
+            break
+        count = max(1, min(count - 1, int(count * most_bytes / n_bytes)))
     data = read_images(workspace.raw, [row["key"] for row in rows])
     return [GoldenImage(row["key"], data[row["key"]], tuple(row[name] for name in columns[1:])) for row in rows]
 

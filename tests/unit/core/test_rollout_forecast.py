@@ -55,6 +55,23 @@ def test_forecast_step__a_shortest_time__is_waited_for() -> None:
     assert forecast.minutes == forecast.likely_minutes == 10
 
 
+def test_forecast_step__a_prober__adds_what_clients_lack_and_is_named() -> None:
+    alone = forecast_step(PLANS[1], LIMITS, requests_per_s=0.0, min_step_s=600, max_probes_per_s=1_000)
+    assert alone.probes_per_s == pytest.approx(2_942 / 60)
+    assert (alone.minutes, alone.likely_minutes) == (10, pytest.approx(10))
+    assert "at present traffic and 49 probes/s" in alone.sentence
+    beside = forecast_step(PLANS[1], LIMITS, requests_per_s=40.0, min_step_s=600, max_probes_per_s=1_000)
+    assert beside.probes_per_s == pytest.approx(alone.probes_per_s - 40)
+    few = forecast_step(PLANS[1], LIMITS, requests_per_s=0.0, min_step_s=600, max_probes_per_s=10)
+    assert few.minutes == pytest.approx(2_123 / 60)
+
+
+def test_forecast_step__a_prober_and_enough_clients__does_without_it() -> None:
+    forecast = forecast_step(PLANS[1], LIMITS, requests_per_s=60.0, min_step_s=600, max_probes_per_s=10)
+    assert forecast.probes_per_s == 0
+    assert "probes" not in forecast.sentence
+
+
 @pytest.mark.parametrize("requests_per_s", [0.0, math.nan])
 def test_forecast_step__no_traffic__says_that_nothing_is_promoted(requests_per_s: float) -> None:
     forecast = forecast_step(PLANS[1], LIMITS, requests_per_s=requests_per_s)

@@ -42,3 +42,18 @@ def test_compare_answers__before_the_copies_began__is_left_out(keep: Keep, root:
 def test_compare_answers__nothing_kept_yet__is_no_pair_at_all(root: Path) -> None:
     found = compare_answers(FolderStore(root), MODEL, "1", "2", START)
     assert (found.pairs, found.score_difference) == ({}, 0)
+
+
+def test_compare_answers__probes__count_once_for_each_image_or_not_at_all(keep: Keep, root: Path) -> None:
+    keep_each(keep, "1", [("a", "circle", 0.9), ("b", "circle", 0.9)])
+    keep_each(keep, "2", [("a", "circle", 0.9), ("b", "circle", 0.9)])
+    for number, image in enumerate(("01", "02", "01", "02", "01")):
+        moment = START + timedelta(seconds=10 + number)
+        for version, label in (("1", "circle"), ("2", "square")):
+            changes = {"request_id": f"probe-{number}", "image_sha256": image * 32, "origin": "probe"}
+            keep(moment, [label], version=version, **changes)
+    since = START - timedelta(seconds=1)
+    counted = compare_answers(FolderStore(root), MODEL, "1", "2", since)
+    assert counted.pairs == {("circle", "circle"): 2, ("circle", "square"): 2}
+    ignored = compare_answers(FolderStore(root), MODEL, "1", "2", since, count_probes=False)
+    assert ignored.pairs == {("circle", "circle"): 2}

@@ -12,7 +12,7 @@ from pipelines.params import ModelReleaseParams
 from pipelines.release.gates import Gates, forecast, limits_of
 from pipelines.release.rollout_state import RolloutState, from_document
 from pipelines.release.steps import SHADOW, Phase, Plan, Step
-from pipelines.release.targets import SlotCounters
+from pipelines.release.targets import ProbeCounters, SlotCounters
 from pipelines.release.windows import Window, difference
 from tests.unit.release.simulated_release import EPOCH, release
 
@@ -124,3 +124,52 @@ def test_difference__service_was_started_anew__counts_from_zero_and_as_a_crash_o
     now, then = counters(30, started_at=9.0), counters(200)
     found = difference(now, then, restart_is_crash=is_canary)
     assert (found.requests, found.crashes) == (30, crashes)
+
+
+# The prober's requests
+
+
+def probed(slot: SlotCounters, requests: int, errors: int = 0) -> SlotCounters:
+    buckets = dict.fromkeys((0.25, 0.5, math.inf), requests)
+    return replace(slot, probes=ProbeCounters(requests, errors, 0, buckets))
+
+
+def held_to(**changes: object) -> RolloutState:
+    return replace(STATE, plan=Plan(ModelReleaseParams(**changes)))
+
+
+def test_gates__probes_alone__promote_only_where_they_count() -> None:
+    window = Window(probed(counters(0), 4_000), probed(counters(0), 36_000))
+    counted = Gates(None, lambda: EPOCH)(STATE, window)
+    assert counted.verdict == "promote"
+    assert (counted.requests, counted.stable_requests, counted.probes) == (4_000, 36_000, 4_000)
+    ignored = Gates(None, lambda: EPOCH)(held_to(count_probes=False), window)
+    assert (ignored.verdict, ignored.requests, ignored.probes) == ("need more data", 0, 4_000)
+
+
+def test_gates__errors_that_only_the_prober_met__roll_back_where_they_count() -> None:
+    window = Window(probed(counters(100), 300, errors=10), probed(counters(900), 2_700))
+    assert Gates(None, lambda: EPOCH)(STATE, window).verdict == "roll back"
+    assert Gates(None, lambda: EPOCH)(held_to(count_probes=False), window).verdict == "need more data"
+
+
+def test_forecast__with_a_prober__names_minutes_without_traffic_too() -> None:
+    plan = Plan(ModelReleaseParams(probe_requests_per_s=50))
+    shadow, tenth, *_ = forecast(plan, requests_per_s=0.0, is_first=False)
+    assert (shadow.minutes, tenth.minutes) == (10, 10)
+    assert "0.33 probes/s" in shadow.sentence
+    uncounted = Plan(ModelReleaseParams(probe_requests_per_s=50, count_probes=False))
+    assert forecast(uncounted, requests_per_s=0.0, is_first=False)[1].minutes is None
+
+
+def test_difference__probes__are_what_came_in_between() -> None:
+    now, then = probed(counters(5), 300, errors=4), probed(counters(5), 100, errors=1)
+    found = difference(now, then, restart_is_crash=True)
+    assert (found.requests, found.probes.requests, found.probes.errors, found.crashes) == (0, 200, 3, 0)
+    assert found.probes.latency_buckets == {0.25: 200, 0.5: 200, math.inf: 200}
+
+
+def test_with_probes__both_histograms__are_added_by_their_edges() -> None:
+    probes = ProbeCounters(5, 0, 0, {0.25: 3, 0.5: 4, math.inf: 5})
+    both = replace(counters(10, slow=2), probes=probes).with_probes()
+    assert (both.requests, both.latency_buckets) == (15, {0.25: 11, 0.5: 12, math.inf: 15})

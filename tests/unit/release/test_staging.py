@@ -167,5 +167,7 @@ def test_golden_images__some_too_large_for_the_service__are_spread_over_the_othe
     assert [image.key for image in golden] == ["10.png", "20.png", "29.png", "39.png"]
     assert golden[0].probabilities == (0.1, 0.5)
     assert len(choose_golden(workspace, 2, 100, limits)) == 30
+    few = choose_golden(workspace, 2, 100, limits, most_bytes=75)
+    assert (few[0].key, few[-1].key, len(few)) == ("10.png", "39.png", 7)
     with pytest.raises(Refusal, match="no image among 50"):
         choose_golden(workspace, 2, 4, ImageLimits(max_body_bytes=5, max_pixels=100))

@@ -1,0 +1,35 @@
+"""Puts the prober together for the settings of this machine: images from the artifact store, a key in the file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pipelines.core.api_keys import DEFAULT_FILE_NAME
+from pipelines.core.prediction_columns import PROBER
+from pipelines.core.scopes import Scope
+from pipelines.registry.staged_version import staged_probes
+from pipelines.release.artifact_store import open_store
+from pipelines.release.probe_images import fetch_probe_images
+from pipelines.release.prober import Prober
+from pipelines.release.rollout_state import RolloutState
+from pipelines.release.staging import temporary_key
+from pipelines.services.rollouts import open_world
+from pipelines.settings import Settings
+
+
+def open_prober(settings: Settings) -> Prober:
+    """The prober of this machine's releases."""
+    given = os.environ.get("PERCH_SERVING_API_KEYS_FILE")
+    keys_file = Path(given) if given else settings.home / DEFAULT_FILE_NAME
+    return Prober(
+        open_world(settings, patient=False),
+        lambda state: _find_images(settings, state),
+        lambda: temporary_key(keys_file, PROBER, (Scope.PREDICT,)),
+    )
+
+
+def _find_images(settings: Settings, state: RolloutState) -> list[bytes]:
+    release = state.release
+    archive_sha256 = staged_probes(settings, release.model, release.version, release.digest)
+    return fetch_probe_images(open_store(settings), release.digest, archive_sha256)
