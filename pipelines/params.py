@@ -241,6 +241,12 @@ class DeployToStagingParams(Section):
         1e-4, gt=0, le=1, description="Largest difference of a served probability from the evaluated one."
     )
     latency_requests: int = Field(200, ge=20, le=100_000, description="Requests, one after the other, that are timed.")
+    probe_images: int = Field(
+        500,
+        ge=1,
+        le=10_000,
+        description="Test images kept beside the release for the prober, where model_release has one; 64 MB at most.",
+    )
 
 
 class ModelReleaseParams(Section):
@@ -254,12 +260,6 @@ class ModelReleaseParams(Section):
         description="Shares of the requests, one step each; the last is 100.",
     )
     min_step_s: Number = Field(600, ge=0, description="Seconds that each step lasts at least, whatever its gates say.")
-    probe_images: int = Field(
-        500,
-        ge=1,
-        le=10_000,
-        description="Test images kept beside the release for the prober, where model_release has one; 64 MB at most.",
-    )
     max_step_s: Number = Field(
         14_400, gt=0, description="Seconds after which a step whose gates still need data is rolled back."
     )
@@ -301,6 +301,15 @@ class ModelReleaseParams(Section):
     abandoned_after_s: Number = Field(
         120, gt=0, description="Seconds without a sign of the engine after which the watchdog takes the traffic away."
     )
+    probe_requests_per_s: Number = Field(
+        0,
+        ge=0,
+        le=1000,
+        description="Most requests per second that a prober adds where clients send too few for a step; 0: no prober.",
+    )
+    count_probes: bool = Field(
+        True, description="Whether the gates take the prober's requests as evidence; a crash by one always counts."
+    )
 
     @field_validator("canary_percents")
     @classmethod
@@ -314,15 +323,6 @@ class ModelReleaseParams(Section):
         if self.max_step_s <= self.min_step_s:
             raise ValueError(f"max_step_s {self.max_step_s:g} must be above min_step_s {self.min_step_s:g}")
         if self.abandoned_after_s <= self.lease_s:
-    probe_requests_per_s: Number = Field(
-        0,
-        ge=0,
-        le=1000,
-        description="Most requests per second that a prober adds where clients send too few for a step; 0: no prober.",
-    )
-    count_probes: bool = Field(
-        True, description="Whether the gates take the prober's requests as evidence; a crash by one always counts."
-    )
             raise ValueError(f"abandoned_after_s {self.abandoned_after_s:g} must be above lease_s {self.lease_s:g}")
         return self
 

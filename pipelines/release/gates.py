@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from pipelines.core.canary_judgement import Judgement, judge
 from pipelines.core.canary_observations import CanaryLimits, CanaryWindow, Counts, MirrorWindow, SlotWindow
-from pipelines.core.rollout_forecast import StepForecast, StepPlan, forecast_rollout
+from pipelines.core.rollout_forecast import StepForecast, StepPlan, forecast_rollout, forecast_step
 from pipelines.params import ModelReleaseParams
 from pipelines.release.rollout_state import GateReading, RolloutState, StepReading
 from pipelines.release.steps import Phase, Plan, Step
@@ -109,6 +109,11 @@ def forecast(plan: Plan, *, requests_per_s: float, is_first: bool) -> tuple[Step
     )
 
 
+def likely_requests(plan: Plan, step: Step) -> int | None:
+    """Canary requests that suffice for a step in nine of ten cases; None where none would."""
+    return forecast_step(_plan_of(step), limits_of(plan.params), requests_per_s=0.0).likely_requests
+
+
 def _plan_of(step: Step) -> StepPlan:
     is_shadow = step.phase is Phase.SHADOW
     return StepPlan(step.name, "shadow" if is_shadow else "canary", 1.0 if is_shadow else step.percent / 100)
@@ -136,6 +141,6 @@ def _read(judgement: Judgement, window: Window) -> StepReading:
         reason=judgement.sentence.removeprefix(f"{judgement.verdict}: "),
         requests=window.canary.requests if window.canary else 0,
         stable_requests=window.stable.requests if window.stable else 0,
+        probes=window.canary.probes.requests if window.canary else 0,
         memory={"turning_points": _TURNING_POINTS.dump_python(dict(judgement.turning_points), mode="json")},
     )
-        probes=window.canary.probes.requests if window.canary else 0,

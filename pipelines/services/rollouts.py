@@ -130,13 +130,13 @@ def begin_release(
     engine, target = open_engine(settings), open_target(settings)
     champion = find_champion(settings, target, model)
     plan = Plan(params.model_release)
+    if plan.params.probe_requests_per_s > 0 and champion is not None:
+        _require_probe_images(settings, release)
     expected = forecast(plan, requests_per_s=measure_traffic(target), is_first=champion is None)
     request = ReleaseRequest(
         release=release,
         champion=champion,
         requested_by=requested_by,
-    if plan.params.probe_requests_per_s > 0 and champion is not None:
-        _require_probe_images(settings, release)
         evidence_sha256=read_evidence_hash(settings, release, plan),
         run_id=_run_of(settings, model, str(version)),
         forecast={"steps": [asdict(step) for step in expected]},
@@ -272,11 +272,6 @@ def _compare_answers(settings: Settings, state: RolloutState) -> MirrorWindow | 
     )
 
 
-def _run_of(settings: Settings, model: str, version: str) -> str:
-    rows = [row for row in _entries(settings, model) if row.event == "registered" and row.version == version]
-    return str(json.loads(rows[-1].evidence).get("run_id", "")) if rows else ""
-
-
 def _require_probe_images(settings: Settings, release: ReleaseRef) -> None:
     """Refuse a release whose forecast would count on a prober that has nothing to send."""
     if not staged_probes(settings, release.model, release.version, release.digest):
@@ -286,6 +281,11 @@ def _require_probe_images(settings: Settings, release: ReleaseRef) -> None:
             way_out="only a run whose model_release.probe_requests_per_s is above 0 keeps them; begin with "
             "--set model_release.probe_requests_per_s=0, or release a version of such a run",
         )
+
+
+def _run_of(settings: Settings, model: str, version: str) -> str:
+    rows = [row for row in _entries(settings, model) if row.event == "registered" and row.version == version]
+    return str(json.loads(rows[-1].evidence).get("run_id", "")) if rows else ""
 
 
 def _last_staged(settings: Settings, model: str) -> int:
