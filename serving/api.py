@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 from starlette.requests import Request
 from starlette.responses import Response
 
-from pipelines.core.prediction_columns import PROBE_HEADER, PROBER
 from pipelines.core.prediction_ids import new_prediction_id
+from pipelines.core.request_origins import PROBE_HEADER, PROBER
 from serving.authentication import ANYBODY, Authenticator, Caller, require
 from serving.logs import RequestLog
 from serving.metrics import OTHER_ROUTE, ServiceMetrics

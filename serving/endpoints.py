@@ -13,8 +13,8 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.responses import Response
 
-from pipelines.core.prediction_columns import CLIENT, MIRROR, PROBE, SHADOW_HEADER
 from pipelines.core.prediction_ids import new_prediction_id, time_of
+from pipelines.core.request_origins import CLIENT, MIRROR, PROBE, SHADOW_HEADER
 from serving.admission import Admission
 from serving.api import Endpoint, Exchange
 from serving.api_page import render_api_page

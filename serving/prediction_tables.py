@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from datetime import date, timedelta
 from typing import TYPE_CHECKING, Any
 
-from pipelines.core.prediction_columns import CLIENT
 from pipelines.core.prediction_layout import FEEDBACK, feedback_path, predictions_path
+from pipelines.core.request_origins import CLIENT
 from serving.prediction_journal import JournalContent
 from serving.prediction_records import JournalHeader
 

@@ -39,7 +39,7 @@ def add(
     from rich.console import Console
 
     from pipelines.core.api_keys import editing, new_key
-    from pipelines.core.prediction_columns import PROBER
+    from pipelines.core.request_origins import PROBER
     from pipelines.errors import Refusal
 
     if name == PROBER:

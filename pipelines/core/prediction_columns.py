@@ -28,13 +28,6 @@ PREDICTION_COLUMNS = {
     "origin": "VARCHAR",
 }
 
-# Whose a request was: a client's; the mirror's, whose answer nobody got; or the prober's, copies of those included.
-# Files without the column hold clients'.
-CLIENT, MIRROR, PROBE = "client", "mirror", "probe"
-PROBE_HEADER = "x-perch-probe"  # heeded from the prober alone
-PROBER = "prober"  # the name of its key, which no other key gets
-SHADOW_HEADER = "x-perch-shadow"  # on copies alone: the gateway takes it from what clients send
-
 FEEDBACK_COLUMNS = {
     "prediction_id": "VARCHAR",
     "true_label": "VARCHAR",

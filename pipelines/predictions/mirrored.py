@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 
 from pipelines.core.canary_observations import MirrorWindow
-from pipelines.core.prediction_columns import PROBE
+from pipelines.core.request_origins import PROBE
 from pipelines.predictions.queries import Predictions
 from pipelines.predictions.stores import Store
 from pipelines.predictions.tree import Selection

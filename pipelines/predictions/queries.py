@@ -15,9 +15,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.core.prediction_columns import CLIENT, FEEDBACK_COLUMNS, PREDICTION_COLUMNS
+from pipelines.core.prediction_columns import FEEDBACK_COLUMNS, PREDICTION_COLUMNS
 from pipelines.core.prediction_ids import time_of
 from pipelines.core.prediction_layout import FEEDBACK, PREDICTIONS, PredictionFile
+from pipelines.core.request_origins import CLIENT
 from pipelines.errors import Refusal, TryLater
 from pipelines.predictions.stores import Store
 from pipelines.predictions.tree import Selection, feedback_files, files_that_may_hold, newest_first

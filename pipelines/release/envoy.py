@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipelines.core.image_limits import DEFAULT_MAX_BODY_BYTES
-from pipelines.core.prediction_columns import SHADOW_HEADER
+from pipelines.core.request_origins import SHADOW_HEADER
 from pipelines.release.local_layout import HOST, LocalLayout, LocalPorts
 from pipelines.release.local_plan import PRODUCTION_PROCESSES, Plan
 from pipelines.release.targets import Slot

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pipelines.core.prediction_columns import SHADOW_HEADER
+from pipelines.core.request_origins import SHADOW_HEADER
 from pipelines.errors import TryLater
 from pipelines.release.local_plan import Plan
 from pipelines.release.targets import Routing, Slot

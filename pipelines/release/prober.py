@@ -25,7 +25,7 @@ from contextlib import AbstractContextManager
 from typing import Self
 from urllib.parse import urlsplit
 
-from pipelines.core.prediction_columns import PROBE_HEADER
+from pipelines.core.request_origins import PROBE_HEADER
 from pipelines.core.rollout_forecast import probes_per_s
 from pipelines.errors import PerchError, Refusal
 from pipelines.release.engine import PROMOTE

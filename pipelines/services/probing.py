@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from pipelines.core.api_keys import DEFAULT_FILE_NAME
-from pipelines.core.prediction_columns import PROBER
+from pipelines.core.request_origins import PROBER
 from pipelines.core.scopes import Scope
 from pipelines.registry.staged_version import staged_probes
 from pipelines.release.artifact_store import open_store

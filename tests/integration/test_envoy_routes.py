@@ -15,7 +15,8 @@ import httpx
 import pytest
 
 from pipelines.core.image_limits import DEFAULT_MAX_BODY_BYTES
-from pipelines.release.envoy import SHADOW_HEADER, bootstrap, read_config_dump, read_healthy_clusters, route_table
+from pipelines.core.request_origins import SHADOW_HEADER
+from pipelines.release.envoy import bootstrap, read_config_dump, read_healthy_clusters, route_table
 from pipelines.release.local_layout import LocalLayout, LocalPorts, SlotPorts
 from pipelines.release.local_plan import PROCESSES, Plan
 from pipelines.release.targets import ReleaseRef, Routing, Slot

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.core.prediction_columns import PROBE_HEADER
+from pipelines.core.request_origins import PROBE_HEADER
 from pipelines.errors import Refusal
 from pipelines.params import ModelReleaseParams
 from pipelines.release.prober import ClientRate, Prober, ProbeSender, wanted_probes_per_s

@@ -13,8 +13,8 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from pipelines.core.api_keys import ApiKeyFile, Scope, new_key, write_keys
-from pipelines.core.prediction_columns import PROBE_HEADER, PROBER, SHADOW_HEADER
 from pipelines.core.prediction_ids import new_prediction_id
+from pipelines.core.request_origins import PROBE_HEADER, PROBER, SHADOW_HEADER
 from pipelines.release.slot_metrics import read_counts
 from serving import release as release_module
 from serving.problems import MEDIA_TYPE

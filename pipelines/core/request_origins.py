@@ -1,0 +1,11 @@
+"""Whose a request was, and the headers that say so between gateway, prober and service."""
+
+from __future__ import annotations
+
+# A client's; the mirror's, whose answer nobody got; or the prober's, copies of those included.
+# Files of predictions without the column `origin` hold clients'.
+CLIENT, MIRROR, PROBE = "client", "mirror", "probe"
+
+PROBE_HEADER = "x-perch-probe"  # heeded from the prober alone
+PROBER = "prober"  # the name of its key, which no other key gets
+SHADOW_HEADER = "x-perch-shadow"  # on copies alone: the gateway takes it from what clients send
