@@ -17,6 +17,7 @@ import yaml
 
 from pipelines.core.gates import Verdict
 from pipelines.core.hash_chain import Record, find_breaks
+from pipelines.core.moments import format_minute
 from pipelines.core.workspace import Workspace
 from pipelines.predictions.release_events import describe_approvals, describe_steps
 
@@ -185,7 +186,7 @@ def _describe_model(provenance: Provenance) -> list[str]:
         *facts,
         f"release sha256 {str(packaged.get('release_sha256', '?'))[:12]}",
         f"signed with key {packaged.get('key_id', '?')}",
-        f"packaged {_minute(packaged['occurred_at'])}",
+        f"packaged {format_minute(datetime.fromisoformat(packaged['occurred_at']))}",
     ]
 
 
@@ -252,7 +253,3 @@ def _read_seed(workspace: Workspace) -> int | None:
 
 def _as_utc(moment: datetime) -> datetime:
     return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
-
-
-def _minute(occurred_at: str) -> str:
-    return f"{datetime.fromisoformat(occurred_at):%Y-%m-%d %H:%M} UTC"

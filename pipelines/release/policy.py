@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from pipelines.core.moments import format_minute
 from pipelines.errors import Refusal
 from pipelines.release.approvals import ApprovalRequest, Response
 
@@ -108,7 +109,7 @@ class PromotionPolicy(_Part):
         for freeze in self.freezes:
             until = freeze.until(now)
             if until is not None and {model, EVERY_MODEL} & set(freeze.models):
-                return f"the freeze {freeze.name!r} holds until {until.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+                return f"the freeze {freeze.name!r} holds until {format_minute(until)}"
         return ""
 
 
@@ -181,11 +182,14 @@ def decide(policy: PromotionPolicy, request: ApprovalRequest, responses: Sequenc
             return Decision("waiting", given, tuple(denials), f"approved, but {frozen}")
         return Decision("approved", given, tuple(denials), "")
     if now >= deadline:
-        return Decision("rejected", given, tuple(denials), f"nobody approved by {_minute(deadline)}")
+        return Decision("rejected", given, tuple(denials), f"nobody approved by {format_minute(deadline)}")
     missing = rule.min_approvals - len(given)
     people = "1 approval" if missing == 1 else f"{missing} approvals by different people"
     return Decision(
-        "waiting", given, tuple(denials), f"{people} by {_who_could(rule, request, given)}, until {_minute(deadline)}"
+        "waiting",
+        given,
+        tuple(denials),
+        f"{people} by {_who_could(rule, request, given)}, until {format_minute(deadline)}",
     )
 
 
@@ -233,9 +237,14 @@ def _deny(rule: ModelRule, request: ApprovalRequest, response: Response, deadlin
     if rule.approvers and response.responder not in rule.approvers:
         return denial("approvers", f"may not decide about {request.model}; {could} may")
     if response.responded_at < request.requested_at:
-        return denial("time", f"answered {_minute(response.responded_at)}, before anything was asked; answer again")
+        return denial(
+            "time", f"answered {format_minute(response.responded_at)}, before anything was asked; answer again"
+        )
     if response.responded_at >= deadline:
-        return denial("deadline", f"answered {_minute(response.responded_at)}, after {_minute(deadline)}; release anew")
+        return denial(
+            "deadline",
+            f"answered {format_minute(response.responded_at)}, after {format_minute(deadline)}; release anew",
+        )
     if not response.approves:
         # A rejection counts whatever was shown, and whoever asked: it only keeps things as they are.
         return None if response.comment.strip() else denial("comment", "rejected without a comment; say why")
@@ -268,7 +277,3 @@ def _who_could(rule: ModelRule, request: ApprovalRequest, given: Collection[Resp
         return " or ".join(able) if able else "nobody (add approvers to the promotion policy)"
     others = ", ".join(sorted(name for name in out if name))
     return f"anybody but {others}" if others else "anybody"
-
-
-def _minute(moment: datetime) -> str:
-    return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M} UTC"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.core.canary_observations import MirrorWindow
 from pipelines.core.champions import Champions, champions_by_ledger
 from pipelines.core.hash_chain import Record
+from pipelines.core.moments import format_minute
 from pipelines.core.release_unit import release_name
 from pipelines.errors import Refusal, TryLater
 from pipelines.params import ModelReleaseParams, check_params, load_params, override
@@ -175,7 +176,7 @@ def _describe_rollbacks(settings: Settings, state: RolloutState) -> str:
         return ""
     at, reason = max(taken_back)
     times = "once" if len(taken_back) == 1 else f"{len(taken_back)} times"
-    moment = f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M} UTC"
+    moment = format_minute(datetime.fromtimestamp(at, UTC))
     return f"**This version was taken back {times} before**, last on {moment}: {reason}."
 
 
@@ -289,7 +290,9 @@ def _run_of(settings: Settings, model: str, version: str) -> str:
 
 
 def _last_staged(settings: Settings, model: str) -> int:
-    outcomes = {int(row.version): row.event for row in _entries(settings, model) if row.event.startswith("stag")}
+    outcomes = {
+        int(row.version): row.event for row in _entries(settings, model) if row.event in ("staged", "staging_failed")
+    }
     staged = [version for version, event in outcomes.items() if event == "staged"]
     if not staged:
         raise Refusal(f"the model {model}", "has no version that passed in staging", way_out="`perch run` makes one")
