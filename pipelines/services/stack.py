@@ -308,18 +308,25 @@ def choose_ports() -> Ports:
     chosen: dict[str, int] = {}
     for name, preferred in asdict(PREFERRED_PORTS).items():
         variable = f"PERCH_{name.upper()}_PORT"
-        asked = os.environ.get(variable)
-        if asked is None:
+        asked = os.environ.get(variable)  # empty is unset, as for every other variable
+        if not asked:
             chosen[name] = preferred if is_free(preferred) else any_free_port()
-        elif asked.isdigit() and 0 < int(asked) < 65536 and is_free(int(asked)):
-            chosen[name] = int(asked)
-        else:
+        elif not (asked.isascii() and asked.isdigit() and 0 < int(asked) < 65536):
+            raise Refusal(
+                variable,
+                f"{asked!r} is no port",
+                limit="a number from 1 to 65535",
+                way_out="correct it, or unset it to have one chosen",
+            )
+        elif not is_free(int(asked)):
             raise Refusal(
                 f"port {asked} for {name}",
-                "is taken by another program, or is no port",
-                limit="a free TCP port, 1 to 65535",
+                "is taken by another program",
+                limit="a free TCP port",
                 way_out=f"free it, or set {variable} to another, or unset it to have one chosen",
             )
+        else:
+            chosen[name] = int(asked)
     return Ports(**chosen)
 
 

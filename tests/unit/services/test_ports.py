@@ -26,10 +26,10 @@ def test_choose_ports__asked_for_and_busy__is_refused_with_a_way_out(
         choose_ports()
 
 
-@pytest.mark.parametrize("value", ["eighty", "0", "70000", "-1"])
-def test_choose_ports__no_port__is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("value", ["eighty", "0", "70000", "-1", "²"])
+def test_choose_ports__no_port__is_refused_as_one(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PERCH_AIRFLOW_PORT", value)
-    with pytest.raises(Refusal, match="PERCH_AIRFLOW_PORT"):
+    with pytest.raises(Refusal, match=r"PERCH_AIRFLOW_PORT: .* is no port .limit: a number from 1 to 65535"):
         choose_ports()
 
 
