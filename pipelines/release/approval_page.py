@@ -67,10 +67,10 @@ def render_subject(facts: PageFacts) -> str:
 def render_page(facts: PageFacts) -> str:
     """The whole page.  Its marks stand alone in their line, once; `read_marks` takes no other."""
     checks = facts.verdict["checks"]
-    judged = sum(check["judged"] for check in checks)
-    outcome = "passed" if facts.verdict["passed"] else "did not pass"
+    judged = [check for check in checks if check["judged"]]
+    passed = sum(check["passed"] for check in judged)
     lines = [
-        f"**{facts.model} v{facts.version} {outcome} {judged} of {judged} checks.** {facts.staging}",
+        f"**{facts.model} v{facts.version} passed {passed} of {len(judged)} checks.** {facts.staging}",
         "",
         *_numbers(facts),
         "",

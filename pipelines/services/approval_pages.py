@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from pipelines.core.hash_chain import Record
+from pipelines.core.moments import format_minute
 from pipelines.core.release_signing import hash_file
 from pipelines.errors import Refusal
 from pipelines.registry.ledger import Ledger
@@ -81,7 +82,7 @@ def write_page(
         rollout_id=request.rollout_id,
         evidence_sha256=request.evidence_sha256,
         requested_by=request.requested_by,
-        rule=_describe_rule(policy, request, deadline),
+        rule=describe_rule(policy, request, deadline, settings.approvers.split()),
         verdict=verdict,
         metrics=metrics,
         staging=_describe_staging(rows),
@@ -92,13 +93,23 @@ def write_page(
     return ApprovalPage(render_subject(facts), render_page(facts), deadline, rule.min_approvals)
 
 
-def _describe_rule(policy: PromotionPolicy, request: ApprovalRequest, deadline: datetime) -> str:
+def describe_rule(policy: PromotionPolicy, request: ApprovalRequest, deadline: datetime, asked: Sequence[str]) -> str:
+    """Who may approve, and until when, as sentences.
+
+    Args:
+        policy: names those whose approval counts, or leaves it to whom Airflow asks.
+        request: what is asked.
+        deadline: when the answer is no, with a zone.
+        asked: Airflow's users who are asked.
+    """
     rule = policy.rule_for(request.model)
-    who = " or ".join(rule.approvers) if rule.approvers else "whoever is assigned"
+    own = "" if rule.requester_may_approve else request.requested_by
+    names = [name for name in rule.approvers or asked if name != own]
+    who = " or ".join(names) or "nobody, as it stands,"
     if rule.min_approvals > 1:
-        who = f"{rule.min_approvals} different people of: {who}"
-    own = "" if rule.requester_may_approve or not request.requested_by else f", but not {request.requested_by},"
-    return f"To approve: {who}{own} until {deadline.astimezone(UTC):%Y-%m-%d %H:%M} UTC; silence is a no."
+        who = f"{rule.min_approvals} different people of {', '.join(names) or 'nobody'}"
+    other = f", but not {own}, who asked for it" if own in (rule.approvers or asked) else ""
+    return f"Until {format_minute(deadline)}, {who} may approve{other}; no answer by then is a no."
 
 
 def _describe_staging(rows: list[Record]) -> str:

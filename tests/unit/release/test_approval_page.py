@@ -20,7 +20,10 @@ def facts() -> PageFacts:
         evidence_sha256=EVIDENCE,
         requested_by="somebody",
         rule="To approve: anna, until 2026-11-24 09:00 UTC; silence is a no.",
-        verdict={"passed": True, "checks": [{"judged": True}] * 9 + [{"judged": False}]},
+        verdict={
+            "passed": True,
+            "checks": [{"judged": True, "passed": True}] * 9 + [{"judged": False, "passed": True}],
+        },
         metrics={
             "images": 1342,
             "overall": {"accuracy": NUMBER, "f1": NUMBER, "log_loss": {"value": 0.11, "low": 0.1, "high": 0.12}},
@@ -50,6 +53,11 @@ def test_page__against_a_champion__shows_three_numbers_and_which_way_they_went(f
     assert "- canary@10: about 2,075 requests, 12 minutes" in page
     assert "[Model card with pictures](https://mlflow.example.org/card)" in page
     assert page.endswith("# digits-classification\n\nPassed.")
+
+
+def test_page__a_check_failed__is_not_counted_among_those_passed(facts: PageFacts) -> None:
+    verdict = {"passed": False, "checks": [*facts.verdict["checks"], {"judged": True, "passed": False}]}
+    assert "passed 9 of 10 checks" in render_page(replace(facts, verdict=verdict))
 
 
 def test_page__first_release__says_that_there_is_nothing_to_compare_with(facts: PageFacts) -> None:
