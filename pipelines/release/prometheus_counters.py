@@ -47,10 +47,10 @@ def counters_query(namespace: str, name: str, digest: str, *, age_s: float) -> s
     Args:
         namespace: of the pods.
         name: of their Deployment, with which theirs begin.
-        digest: of the release that they serve, the label `release`.
+        digest: of the release; a pod says itself that it serves it, and never serves another one.
         age_s: seconds since it was deployed.
     """
-    pods = f'namespace="{namespace}",pod=~"{name}-.+",release="{digest}"'
+    pods = f'namespace="{namespace}",pod=~"{name}-.+"'
     routes = "|".join(sorted(PREDICTION_ROUTES))
     window = f"[{math.ceil(min(max(age_s, 0) + _SLACK_S, HISTORY_S))}s]"
     parts = {"perch_predictions_total": ("label", pods), _PER_POD: ("pod", pods)}
@@ -59,9 +59,13 @@ def counters_query(namespace: str, name: str, digest: str, *, age_s: float) -> s
         parts[f"{prefix}_requests_total"] = ("route, code", f'{pods},route=~"{routes}"')
         parts[f"{prefix}_problems_total"] = ("type", pods)
         parts[f"{prefix}_request_duration_seconds_bucket"] = ("le, route, code", timed)
-    terms = {name: f"sum by ({by}) (max_over_time({name}{{{chosen}}}{window}))" for name, (by, chosen) in parts.items()}
-    terms[_SAMPLED_AT] = f"max by (pod) (timestamp({_PER_POD}{{{pods}}}))"
-    return " or ".join(f'label_replace({term}, "{_SERIES}", "{name}", "", "")' for name, term in terms.items())
+    own = f'on (pod) group_left () max by (pod) (max_over_time(perch_model_info{{{pods},release="{digest}"}}{window}))'
+    terms = {
+        series: f"sum by ({by}) (max_over_time({series}{{{chosen}}}{window}) * {own})"
+        for series, (by, chosen) in parts.items()
+    }
+    terms[_SAMPLED_AT] = f"max by (pod) (timestamp({_PER_POD}{{{pods}}}) * {own})"
+    return " or ".join(f'label_replace({term}, "{_SERIES}", "{series}", "", "")' for series, term in terms.items())
 
 
 def read_answer(answer: Mapping[str, Any]) -> PodCounts | None:

@@ -49,7 +49,7 @@ class Pods:
 
     def _write(self) -> None:
         groups = [
-            {"targets": [f"127.0.0.1:{known.port}"], "labels": {"namespace": "ml", "pod": name, "release": DIGEST}}
+            {"targets": [f"127.0.0.1:{known.port}"], "labels": {"namespace": "ml", "pod": name}}
             for name, known in self.endpoints.items()
         ]
         draft = self.file.with_suffix(".new")

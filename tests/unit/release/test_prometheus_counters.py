@@ -85,5 +85,6 @@ def test_oldest_sample__pods_that_take_requests__all_have_to_have_been_looked_at
 @pytest.mark.parametrize(("age_s", "window"), [(0, "[5s]"), (-3, "[5s]"), (60.2, "[66s]"), (1e6, "[21600s]")])
 def test_counters_query__age__bounds_what_prometheus_reads(age_s: float, window: str) -> None:
     query = counters_query("ml", "perch-serving-b", "5c" * 32, age_s=age_s)
-    assert query.count(window) == 8
-    assert 'namespace="ml",pod=~"perch-serving-b-.+",release="5c5c' in query
+    assert query.count(window) == 17
+    assert query.count('namespace="ml",pod=~"perch-serving-b-.+"') == 18
+    assert query.count('release="5c5c5c') == 9
