@@ -13,6 +13,7 @@ from pipelines import __version__
 from pipelines.cli import (
     api_keys,
     approvals,
+    db,
     expectations,
     ledger,
     models,
@@ -72,6 +73,7 @@ app.command("watchdog", rich_help_panel="Services on this machine")(rollouts.wat
 app.command("why", rich_help_panel="Look and check")(predictions.why)
 app.add_typer(expectations.app, name="expectations", rich_help_panel="Look and check")
 app.add_typer(api_keys.app, name="api-keys", rich_help_panel="Look and check")
+app.add_typer(db.app, name="db", rich_help_panel="Services on this machine")
 
 
 def main() -> None:

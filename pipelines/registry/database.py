@@ -44,6 +44,29 @@ class Database:
             )
         self.file = Path(parsed.database) if self.kind == "sqlite" and parsed.database else None
         self.engine = _create_engine(url, self.kind, wait_s)
+        self._seen: tuple[int, int] | None = None
+
+    @property
+    def knows_its_schema(self) -> bool:
+        """Whether the tables were found to be those of this Perch, in this very file."""
+        return self._seen is not None and self._seen == self._identity()
+
+    def remember_schema(self) -> None:
+        """Do not look again: who runs while a server is upgraded goes on, as each migration lets him."""
+        self._seen = self._identity()
+
+    def forget_schema(self) -> None:
+        """Look again at the next use."""
+        self._seen = None
+
+    def _identity(self) -> tuple[int, int] | None:
+        if self.file is None:
+            return (0, 0)
+        try:
+            found = self.file.stat()
+        except OSError:
+            return None
+        return (found.st_dev, found.st_ino)
 
     @property
     def is_missing(self) -> bool:

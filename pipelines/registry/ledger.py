@@ -8,7 +8,6 @@ and triggers refuse an UPDATE or DELETE; who can drop the triggers is found out 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -16,11 +15,11 @@ from pipelines.core.hash_chain import Record, canonical_json, find_breaks, link
 from pipelines.errors import Refusal
 from pipelines.registry.database import Database
 from pipelines.registry.patience import be_patient
+from pipelines.registry.schema import LEDGER, metadata
+from pipelines.registry.transactions import reading, writing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from sqlalchemy import Connection, Executable, Table
+    from sqlalchemy import Connection
 
 Event = Literal["registered", "packaged", "staged", "staging_failed", "approved", "traffic", "promoted", "rolled_back"]
 T = TypeVar("T")
@@ -37,9 +36,8 @@ class Ledger:
 
     def __init__(self, url: str) -> None:
         self._database = Database(url)
-        self._engine = self._database.engine
         self.kind, self.shown_url = self._database.kind, self._database.shown_url
-        self._table = _define_table()
+        self._table = metadata().tables[LEDGER]
 
     def append(
         self, event: Event, *, model: str, version: str, evidence: dict[str, Any], key: str, now: datetime | None = None
@@ -59,12 +57,12 @@ class Ledger:
 
         Raises:
             Refusal: the key is taken by a record with other evidence.
-            TryLater: the database did not answer, or was locked all the time.
+            TryLater: the database did not answer, or was locked all the time, or has another Perch's tables.
         """
         canonical = canonical_json(evidence)
 
         def write() -> Record:
-            with self._writing() as connection:
+            with writing(self._database, self._table, _ADVISORY_LOCK) as connection:
                 known = self._find(connection, key)
                 if known is not None:
                     return known
@@ -99,15 +97,13 @@ class Ledger:
         """
 
         def read() -> list[Record]:
-            from sqlalchemy import inspect, select
+            from sqlalchemy import select
 
-            if self._database.is_missing:
-                return []
             query = select(self._table).order_by(self._table.c.sequence)
             if model is not None:
                 query = query.where(self._table.c.model == model)
-            with self._engine.connect() as connection:
-                if not inspect(connection).has_table(self._table.name):
+            with reading(self._database, self._table) as connection:
+                if connection is None:
                     return []
                 return [Record(**row) for row in connection.execute(query).mappings()]
 
@@ -124,24 +120,6 @@ class Ledger:
     def close(self) -> None:
         """Give the connections back."""
         self._database.close()
-
-    @contextmanager
-    def _writing(self) -> Iterator[Connection]:
-        """A transaction that no other writer is in; the table exists inside it."""
-        from sqlalchemy import inspect, text
-
-        if self._database.file is not None:
-            self._database.file.parent.mkdir(parents=True, exist_ok=True)
-        with self._engine.connect() as plain:
-            connection = plain.execution_options(perch_begin="BEGIN IMMEDIATE")
-            with connection.begin():
-                if self.kind == "postgresql":
-                    # Under READ COMMITTED each statement after this one sees what the lock's last holder committed.
-                    connection.execute(text("SELECT pg_advisory_xact_lock(:number)"), {"number": _ADVISORY_LOCK})
-                if not inspect(connection).has_table(self._table.name):
-                    for statement in _schema_statements(self._table, self.kind):
-                        connection.execute(statement)
-                yield connection
 
     def _find(self, connection: Connection, key: str) -> Record | None:
         from sqlalchemy import select
@@ -164,45 +142,3 @@ class Ledger:
             transient=lambda error: isinstance(error, OperationalError),
             name=f"the ledger's database {self.shown_url}",
         )
-
-
-def _define_table() -> Table:
-    from sqlalchemy import Column, Integer, MetaData, String, Table, Text
-
-    # Times are text: what was hashed must come back byte for byte from either database.
-    return Table(
-        "perch_ledger",
-        MetaData(),
-        Column("sequence", Integer, primary_key=True, autoincrement=False),
-        Column("occurred_at", String(40), nullable=False),
-        Column("key", String(500), nullable=False, unique=True),
-        Column("model", String(250), nullable=False),
-        Column("version", String(50), nullable=False),
-        Column("event", String(50), nullable=False),
-        Column("evidence", Text, nullable=False),
-        Column("evidence_sha256", String(64), nullable=False),
-        Column("previous_sha256", String(64), nullable=False, unique=True),  # a fork would name one row twice
-        Column("row_sha256", String(64), nullable=False, unique=True),
-    )
-
-
-def _schema_statements(table: Table, kind: str) -> list[Executable]:
-    """Statements that make the table and the triggers that guard it."""
-    from sqlalchemy import text
-    from sqlalchemy.schema import CreateTable
-
-    if kind == "sqlite":
-        triggers = [
-            f"CREATE TRIGGER {table.name}_no_{action.lower()} BEFORE {action} ON {table.name} "
-            "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END"
-            for action in ("UPDATE", "DELETE")
-        ]
-    else:
-        function = f"{table.name}_is_append_only"
-        triggers = [
-            f"CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS "
-            "$$ BEGIN RAISE EXCEPTION 'the ledger is append-only'; END $$",
-            f"CREATE TRIGGER {function} BEFORE UPDATE OR DELETE OR TRUNCATE ON {table.name} "
-            f"FOR EACH STATEMENT EXECUTE FUNCTION {function}()",
-        ]
-    return [CreateTable(table), *map(text, triggers)]

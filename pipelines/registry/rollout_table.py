@@ -14,8 +14,7 @@ Unlike the ledger, a row changes.  What must not be forgotten is in the ledger.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipelines.core.hash_chain import canonical_json
@@ -23,9 +22,11 @@ from pipelines.core.rollout_rows import RolloutRow, StaleRolloutError
 from pipelines.errors import Refusal, TryLater
 from pipelines.registry.database import SQLITE_WAIT_S, Database
 from pipelines.registry.patience import be_patient
+from pipelines.registry.schema import ROLLOUTS, metadata
+from pipelines.registry.transactions import reading, writing
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection, RowMapping, Table
+    from sqlalchemy import Connection, RowMapping
 
 T = TypeVar("T")
 
@@ -44,7 +45,7 @@ class RolloutTable:
     def __init__(self, url: str, *, patient: bool = True) -> None:
         self._patient = patient
         self._database = Database(url, wait_s=SQLITE_WAIT_S if patient else 0.5)
-        self._table = _define_table()
+        self._table = metadata().tables[ROLLOUTS]
 
     def create(self, rollout_id: str, model: str, document: Mapping[str, Any], *, now: float) -> RolloutRow:
         """Begin a rollout; one that exists is returned as it is.
@@ -217,13 +218,11 @@ class RolloutTable:
 
     def _select(self, *conditions: Any) -> list[RolloutRow]:
         def read() -> list[RolloutRow]:
-            from sqlalchemy import inspect, select
+            from sqlalchemy import select
 
-            if self._database.is_missing:
-                return []
             query = select(self._table).where(*conditions).order_by(self._table.c.sequence)
-            with self._database.engine.connect() as connection:
-                if not inspect(connection).has_table(self._table.name):
+            with reading(self._database, self._table) as connection:
+                if connection is None:
                     return []
                 return [_to_row(values) for values in connection.execute(query).mappings()]
 
@@ -235,26 +234,10 @@ class RolloutTable:
 
     def _write(self, operation: Callable[[Connection], T]) -> T:
         def attempt() -> T:
-            with self._writing() as connection:
+            with writing(self._database, self._table, _ADVISORY_LOCK) as connection:
                 return operation(connection)
 
         return self._call(attempt)
-
-    @contextmanager
-    def _writing(self) -> Iterator[Connection]:
-        """A transaction that no other writer of this table is in; the table exists inside it."""
-        from sqlalchemy import inspect, text
-
-        if self._database.file is not None:
-            self._database.file.parent.mkdir(parents=True, exist_ok=True)
-        with self._database.engine.connect() as plain:
-            connection = plain.execution_options(perch_begin="BEGIN IMMEDIATE")
-            with connection.begin():
-                if self._database.kind == "postgresql":
-                    connection.execute(text("SELECT pg_advisory_xact_lock(:number)"), {"number": _ADVISORY_LOCK})
-                if not inspect(connection).has_table(self._table.name):
-                    self._table.create(connection)
-                yield connection
 
     def _find(self, connection: Connection, *conditions: Any) -> RolloutRow | None:
         from sqlalchemy import select
@@ -281,26 +264,6 @@ class RolloutTable:
 
 
 _ADVISORY_LOCK = 0x7065726369  # the number after the ledger's: the two tables are written independently
-
-
-def _define_table() -> Table:
-    from sqlalchemy import BigInteger, Column, Double, Integer, MetaData, String, Table, Text
-
-    return Table(
-        "perch_rollouts",
-        MetaData(),
-        Column("rollout_id", String(400), primary_key=True),
-        Column("model", String(250), nullable=False, index=True),
-        Column("open_model", String(250), nullable=True, unique=True),
-        Column("sequence", Integer, nullable=False),
-        Column("revision", BigInteger, nullable=False),
-        Column("document", Text, nullable=False),
-        Column("lease_owner", String(250), nullable=False),
-        Column("lease_expires_at", Double, nullable=False),
-        Column("token", BigInteger, nullable=False),
-        Column("renewals", BigInteger, nullable=False),
-        Column("renewed_at", Double, nullable=False),
-    )
 
 
 def _to_row(values: RowMapping) -> RolloutRow:

@@ -24,6 +24,8 @@ import psutil
 
 from pipelines.core.results import write_json
 from pipelines.errors import PerchError, Refusal, TryLater
+from pipelines.registry.database import Database
+from pipelines.registry.migration import upgrade
 from pipelines.registry.mlflow_database import ensure_database
 from pipelines.release.local_layout import LocalPorts, SlotPorts
 from pipelines.release.local_plan import PROCESSES
@@ -79,6 +81,7 @@ class Stack:
             return self.ports()
         self.down()
         _refuse_missing_tools()
+        _upgrade_own_database(self.settings)
         ports = ports or choose_ports()
         programs = [
             mlflow_program(self.settings, ports),
@@ -363,6 +366,13 @@ def any_free_port() -> int:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]
     return port
+
+
+def _upgrade_own_database(settings: Settings) -> None:
+    """Bring the ledger's file to this Perch; a server's database waits for `perch db upgrade`."""
+    database = Database(settings.ledger_url)
+    if database.file is not None:
+        upgrade(database)
 
 
 def _refuse_missing_tools() -> None:

@@ -174,7 +174,7 @@ def test_append__connection_lost_while_the_table_is_made__leaves_no_half_of_it(
 ) -> None:
     questions = count_questions(proxy, lambda: append(proxied, "1"))
     for at in range(1, questions + 1, 3):
-        execute(url, "DROP TABLE perch_ledger")
+        execute(url, "DROP TABLE perch_ledger, perch_rollouts, perch_schema_version")
         proxy.set(fault, at)
         append(proxied, "1")
         assert len(Ledger(url).entries()) == 1

@@ -1,0 +1,1 @@
+"""One module per revision; what is written here is never changed again."""
