@@ -1,6 +1,9 @@
 """`python -m serving RELEASE`: fetch a release, verify it, unpack it, and become the server of what is in it.
 
 Until digest and signature are verified, nothing of the release is unpacked, imported or read.
+
+`python -m serving --fetch-only FOLDER` ends after that, with the release in the folder: a pod's first container does
+so, and the second serves what is there without asking the store, and verifies it again.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from typing import NoReturn
 
 from pipelines.core.release_signing import find_public_keys, verify_file
 from pipelines.errors import PerchError, Refusal
-from serving.fetching import fetch_release
+from serving.fetching import FetchedRelease, fetch_release
 from serving.settings import ServingSettings, get_serving_settings
 from serving.unpacking import unpack_release
 
@@ -30,15 +33,14 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     options = _parse(arguments)
     try:
         settings = get_serving_settings()
-        folder = prepare(
-            settings,
-            options.release or settings.release_url,
-            digest=options.digest or settings.release_digest,
-            public_keys=options.public_key or settings.public_key_places,
-        )
+        release, digest = options.release or settings.release_url, options.digest or settings.release_digest
+        public_keys = options.public_key or settings.public_key_places
+        if options.fetch_only:
+            fetch_verified(settings, release, options.fetch_only, digest=digest, public_keys=public_keys)
+            sys.exit(0)
+        folder = prepare(settings, release, digest=digest, public_keys=public_keys)
     except PerchError as error:
-        kind = "refused" if isinstance(error, Refusal) else "failed"
-        print(f"{kind}: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        _say(f"{'refused' if isinstance(error, Refusal) else 'failed'}: {error}")
         sys.exit(error.exit_code)
     host, port = options.host or settings.host, options.port or settings.port
     command = [sys.executable, "-m", "bentoml", "serve", str(folder), "--host", host, "--port", str(port)]
@@ -55,6 +57,25 @@ def prepare(settings: ServingSettings, release: str, *, digest: str, public_keys
         Refusal: it is not there, or was not signed by a trusted key, or is not what was signed.
         TryLater: the store does not answer.
     """
+    cache = settings.cache_dir.expanduser().absolute()
+    fetched = fetch_verified(settings, release, cache / "releases", digest=digest, public_keys=public_keys)
+    started = time.perf_counter()
+    folder = unpack_release(fetched.file, cache / "unpacked", name=fetched.digest[:12])
+    _say(f"release {fetched.digest[:12]}: unpacked in {1000 * (time.perf_counter() - started):.0f} ms")
+    return folder
+
+
+def fetch_verified(
+    settings: ServingSettings, release: str, folder: Path, *, digest: str, public_keys: list[Path]
+) -> FetchedRelease:
+    """Fetch a release and its signature into a folder, and verify both; nothing is unpacked.
+
+    A release that is refused stays there for whoever looks into it: what serves it verifies it again.
+
+    Raises:
+        Refusal: it is not there, or was not signed by a trusted key, or is not what was signed.
+        TryLater: the store does not answer.
+    """
     if not release:
         raise Refusal(
             "the release",
@@ -64,20 +85,14 @@ def prepare(settings: ServingSettings, release: str, *, digest: str, public_keys
         )
     started = time.perf_counter()
     keys = find_public_keys(public_keys)
-    cache = settings.cache_dir.expanduser().absolute()
-    fetched = fetch_release(release, cache / "releases", digest=digest, s3_endpoint_url=settings.s3_endpoint_url)
+    fetched = fetch_release(release, folder, digest=digest, s3_endpoint_url=settings.s3_endpoint_url)
     at_fetched = time.perf_counter()
     signer = verify_file(fetched.file, fetched.digest, fetched.signature, keys)
-    at_verified = time.perf_counter()
-    folder = unpack_release(fetched.file, cache / "unpacked", name=fetched.digest[:12])
-    print(  # noqa: T201
-        f"release {fetched.digest[:12]} signed by {signer}: "
-        f"fetched in {1000 * (at_fetched - started):.0f} ms, verified in {1000 * (at_verified - at_fetched):.0f} ms, "
-        f"unpacked in {1000 * (time.perf_counter() - at_verified):.0f} ms",
-        file=sys.stderr,
-        flush=True,
+    _say(
+        f"release {fetched.digest[:12]} signed by {signer}: fetched in {1000 * (at_fetched - started):.0f} ms, "
+        f"verified in {1000 * (time.perf_counter() - at_fetched):.0f} ms"
     )
-    return folder
+    return fetched
 
 
 def server_environment(settings: ServingSettings, bento: Path) -> dict[str, str]:
@@ -105,6 +120,10 @@ def server_environment(settings: ServingSettings, bento: Path) -> dict[str, str]
     return environment
 
 
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)  # noqa: T201 - nobody has set up a log yet
+
+
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m serving", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
@@ -119,6 +138,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         nargs="+",
         metavar="FILE",
         help="trusted keys, or folders of *.pub; PERCH_SERVING_PUBLIC_KEYS by default",
+    )
+    parser.add_argument(
+        "--fetch-only", type=Path, metavar="FOLDER", help="fetch and verify the release into this folder, and end"
     )
     parser.add_argument("--host", default="", help="address to listen at; PERCH_SERVING_HOST by default")
     parser.add_argument("--port", type=int, default=0, help="port to listen on; PERCH_SERVING_PORT by default")

@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving.metrics import OTHER_ROUTE, ROUTES, ServiceMetrics
 
 PROJECT = Path(__file__).parents[2]
-FOLDER = PROJECT / "helm/observability"
+FOLDER = PROJECT / "helm/perch/files"
 RULES = FOLDER / "serving-alerts.yaml"
 DASHBOARD = FOLDER / "serving-dashboard.json"
 GROUPS = yaml.safe_load(RULES.read_text())["groups"]

@@ -21,7 +21,7 @@ from serving.metrics_endpoint import MetricsEndpoint
 
 pytestmark = pytest.mark.services
 
-FOLDER = Path(__file__).parents[2] / "helm/observability"
+FOLDER = Path(__file__).parents[2] / "helm/perch/files"
 CONFIGURATION = """
 global: {{scrape_interval: 1s, evaluation_interval: 1s}}
 rule_files: [{rules}]

@@ -172,6 +172,37 @@ def test_release__packaged_into_a_bucket__is_fetched_verified_and_served(release
         end(server)
 
 
+def test_release__fetched_first__is_served_from_a_read_only_folder_without_the_store(
+    released: Released, tmp_path: Path
+) -> None:
+    package, folder = released.package, tmp_path / "pod" / "release"
+    trusted, away = ("--public-key", str(released.public)), "http://127.0.0.1:9"
+    fetching = ("--fetch-only", str(folder))
+    stranger = keys.create_key(released.settings, "stranger")
+
+    refused = released.refused(package.address, *fetching, "--public-key", str(stranger.public))
+    assert "which is not trusted here" in refused
+    shutil.rmtree(folder)
+    released.refused(package.address, *fetching, *trusted, code=EXIT_TRY_LATER, S3_ENDPOINT_URL=away)
+
+    # As in a pod: what to fetch comes by the environment.
+    given = {"RELEASE_DIGEST": package.digest, "PUBLIC_KEYS": str(released.public)}
+    prefix = package.address.rpartition("/")[0]
+    fetched = released.refused(*fetching, code=0, RELEASE_URL=prefix, **given)
+    assert f"release {package.digest[:12]} signed by {package.key_id}" in fetched
+    assert {file.name for file in folder.iterdir()} == {f"{package.digest}.bento", f"{package.digest}.bento.sig"}
+    assert not released.cache.exists()
+
+    folder.chmod(0o555)
+    port = any_free_port()
+    server = released.start("--port", str(port), RELEASE_URL=str(folder), S3_ENDPOINT_URL=away, **given)
+    try:
+        wait_until_ready(released, server, f"http://127.0.0.1:{port}")
+    finally:
+        end(server)
+    assert "verified in" in released.log.read_text()
+
+
 def test_release__each_way_to_be_wrong__keeps_the_server_from_starting_and_is_named(
     released: Released, tmp_path: Path
 ) -> None:

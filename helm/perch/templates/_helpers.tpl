@@ -1,0 +1,188 @@
+{{/* Labels by which objects are chosen.  Takes (dict "root" $ "component" "serving"). */}}
+{{- define "perch.selector" -}}
+app.kubernetes.io/name: perch
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/component: {{ .component }}
+{{- end }}
+
+{{/* Labels of a pod: what it is chosen by, and what it belongs to. */}}
+{{- define "perch.podLabels" -}}
+{{ include "perch.selector" . }}
+app.kubernetes.io/part-of: perch
+app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+{{- end }}
+
+{{/* Labels of every object. */}}
+{{- define "perch.labels" -}}
+{{ include "perch.podLabels" . }}
+helm.sh/chart: {{ .root.Chart.Name }}-{{ .root.Chart.Version | replace "+" "_" }}
+{{- end }}
+
+{{/* Name of an image.  Takes (dict "root" $ "image" "serving"). */}}
+{{- define "perch.image" -}}
+{{- $images := .root.Values.images -}}
+{{- $image := index $images .image -}}
+{{- $tag := required "images.tag names the images, e.g. v0.1.0-3e9d1c2; `make images` prints it" ($image.tag | default $images.tag) -}}
+{{- if $images.registry }}{{ trimSuffix "/" $images.registry }}/{{ end }}{{ $image.repository }}:{{ $tag }}
+{{- if $image.digest }}@{{ $image.digest }}{{ end }}
+{{- end }}
+
+{{/* What Pod Security's `restricted` asks of a pod; the user is that of the images. */}}
+{{- define "perch.podSecurity" -}}
+runAsNonRoot: true
+runAsUser: 10001
+runAsGroup: 10001
+fsGroup: 10001
+seccompProfile:
+  type: RuntimeDefault
+{{- end }}
+
+{{/* What it asks of a container, and a root file system that cannot be written. */}}
+{{- define "perch.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+runAsNonRoot: true
+capabilities:
+  drop: [ALL]
+{{- end }}
+
+{{/*
+What every pod's spec begins with.  Takes (dict "root" $ "account" NAME "token" bool "scheduling" VALUES).
+Kubernetes would put the address of a Service `perch-mlflow` into PERCH_MLFLOW_PORT, which is a setting: no service links.
+*/}}
+{{- define "perch.podStart" -}}
+serviceAccountName: {{ .account }}
+automountServiceAccountToken: {{ .token }}
+enableServiceLinks: false
+securityContext:
+  {{- include "perch.podSecurity" . | nindent 2 }}
+{{- with .root.Values.images.pullSecrets }}
+imagePullSecrets:
+  {{- range . }}
+  - name: {{ . }}
+  {{- end }}
+{{- end }}
+{{- with .scheduling.nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .scheduling.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .scheduling.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- end }}
+
+{{/* Variables that boto3 reads; credentials come from a Secret, or from the pod's account where none is named. */}}
+{{- define "perch.objectStoreEnvironment" -}}
+{{- with .Values.objectStore }}
+{{- if .region }}
+- name: AWS_DEFAULT_REGION
+  value: {{ .region | quote }}
+{{- end }}
+{{- if .existingSecret }}
+- name: AWS_ACCESS_KEY_ID
+  valueFrom:
+    secretKeyRef:
+      name: {{ .existingSecret }}
+      key: AWS_ACCESS_KEY_ID
+- name: AWS_SECRET_ACCESS_KEY
+  valueFrom:
+    secretKeyRef:
+      name: {{ .existingSecret }}
+      key: AWS_SECRET_ACCESS_KEY
+{{- end }}
+{{- if .caConfigMap }}
+- name: AWS_CA_BUNDLE
+  value: /etc/perch/object-store-ca/ca.crt
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "perch.objectStoreMounts" -}}
+{{- if .Values.objectStore.caConfigMap }}
+- name: object-store-ca
+  mountPath: /etc/perch/object-store-ca
+  readOnly: true
+{{- end }}
+{{- end }}
+
+{{- define "perch.objectStoreVolumes" -}}
+{{- with .Values.objectStore.caConfigMap }}
+- name: object-store-ca
+  configMap:
+    name: {{ . }}
+    items: [{key: ca.crt, path: ca.crt}]
+{{- end }}
+{{- end }}
+
+{{/* A NetworkPolicy's rule: where to or from (everywhere, if nothing is named) and which ports.  Takes (dict "direction" "to" "peer" VALUES). */}}
+{{- define "perch.networkRule" -}}
+- ports:
+    {{- range .peer.ports }}
+    - {protocol: TCP, port: {{ . }}}
+    {{- end }}
+  {{- with .peer.peers }}
+  {{ $.direction }}:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+{{- end }}
+
+{{/* MLflow's address: that of the chart's own, unless another one is named. */}}
+{{- define "perch.mlflowUri" -}}
+{{- if .Values.mlflow.externalUri }}{{ .Values.mlflow.externalUri }}
+{{- else if .Values.mlflow.enabled }}http://{{ .Release.Name }}-mlflow.{{ .Release.Namespace }}:5000
+{{- end }}
+{{- end }}
+
+{{/* The settings of whatever moves releases on this installation. */}}
+{{- define "perch.engineEnvironment" -}}
+- name: PERCH_TARGET
+  value: kubernetes
+- name: PERCH_KUBERNETES_NAMESPACE
+  value: {{ .Release.Namespace }}
+- name: PERCH_KUBERNETES_RELEASE
+  value: {{ .Release.Name }}
+{{- with .Values.prometheus.url }}
+- name: PERCH_PROMETHEUS_URL
+  value: {{ . | quote }}
+{{- end }}
+- name: PERCH_DATABASE_URL
+  valueFrom:
+    secretKeyRef:
+      name: {{ .Values.database.existingSecret }}
+      key: {{ .Values.database.key }}
+{{- with include "perch.mlflowUri" . }}
+- name: PERCH_MLFLOW_URI
+  value: {{ . | quote }}
+{{- end }}
+{{- with .Values.airflow.uri }}
+- name: PERCH_AIRFLOW_URI
+  value: {{ . | quote }}
+{{- end }}
+{{- with .Values.notices.existingSecret }}
+- name: PERCH_NOTICE_URLS
+  valueFrom:
+    secretKeyRef:
+      name: {{ . }}
+      key: {{ $.Values.notices.key }}
+{{- end }}
+{{- with .Values.objectStore }}
+{{- if .releasesUrl }}
+- name: PERCH_RELEASES_URL
+  value: {{ .releasesUrl | quote }}
+{{- end }}
+{{- if .predictionsUrl }}
+- name: PERCH_PREDICTIONS_URL
+  value: {{ .predictionsUrl | quote }}
+{{- end }}
+{{- if .endpointUrl }}
+- name: PERCH_S3_ENDPOINT_URL
+  value: {{ .endpointUrl | quote }}
+{{- end }}
+{{- end }}
+{{- include "perch.objectStoreEnvironment" . }}
+{{- end }}
