@@ -20,11 +20,18 @@ from pipelines.errors import Refusal
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 _NAME_PATTERN = r"^[a-z0-9]+(?:[-_][a-z0-9]+)*$"
+_LABEL_PATTERN = r"^[A-Za-z0-9./_-]+=[A-Za-z0-9._-]*$"
+_TAINT_PATTERN = r"^[A-Za-z0-9./_-]+(=[A-Za-z0-9._-]*)?(:(NoSchedule|PreferNoSchedule|NoExecute))?$"
 _SHA256_PATTERN = r"^[0-9a-f]{64}$"
 Name = Annotated[str, Field(pattern=_NAME_PATTERN, max_length=100)]
 NAME_IN_WORDS = "small letters and digits, with single - or _ between them"
 # What a pattern asks for, for readers of errors and of the reference page.
-PATTERNS_IN_WORDS = {_NAME_PATTERN: NAME_IN_WORDS, _SHA256_PATTERN: "64 hexadecimal digits in small letters"}
+PATTERNS_IN_WORDS = {
+    _NAME_PATTERN: NAME_IN_WORDS,
+    _SHA256_PATTERN: "64 hexadecimal digits in small letters",
+    _LABEL_PATTERN: "a label as `key=value`",
+    _TAINT_PATTERN: "a taint as `key=value:Effect`, `key:Effect` or `key`",
+}
 
 
 def _parse_date(value: object) -> object:
@@ -191,8 +198,14 @@ class ModelTrainingParams(Section):
     patience_epochs: int = Field(5, ge=1, description="Epochs without a better val/loss before training stops.")
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = Field("32-true", description="Lightning's precision.")
     accelerator: Literal["auto", "cpu", "gpu"] = Field("auto", description="Where to train; `auto` takes a GPU if any.")
+    devices: int = Field(
+        1, ge=1, le=64, description="Processes that train together, each on a GPU or on cores of its own."
+    )
     augmentation: AugmentationParams = AugmentationParams()
     trials: int = Field(0, ge=0, le=1000, description="Optuna trials before the final training; 0 is off.")
+    parallel_trials: int = Field(
+        1, ge=1, le=64, description="Tasks that share the trials where `PERCH_TUNING_URL` names a database for them."
+    )
     trial_epochs: int = Field(6, ge=1, le=1000, description="Epochs of one trial.")
     temperature_scaling: bool = Field(
         True, description="Fit how sure the exported model says it is to the validation split."
@@ -327,6 +340,47 @@ class ModelReleaseParams(Section):
         return self
 
 
+Label = Annotated[str, Field(pattern=_LABEL_PATTERN, max_length=380)]
+Taint = Annotated[str, Field(pattern=_TAINT_PATTERN, max_length=400)]
+
+
+class StepPodParams(Section):
+    """What one step's pod asks for beyond, or instead of, what every pod does; null takes that."""
+
+    cpu: int | None = Field(None, ge=1, le=256, description="Cores.")
+    memory_mib: int | None = Field(None, ge=256, le=16_777_216, description="Memory.")
+    disk_mib: int | None = Field(None, ge=256, le=16_777_216, description="Disk.")
+    gpus: int | None = Field(None, ge=0, le=16, description="GPUs.")
+    gpu_resource: str | None = Field(None, min_length=1, description="What the cluster calls a GPU.")
+    node_selector: list[Label] | None = Field(None, description="Labels of the nodes.")
+    tolerations: list[Taint] | None = Field(None, description="Taints of the nodes.")
+
+
+class PodsParams(Section):
+    """What steps ask of a cluster where `PERCH_RUNNER=kubernetes` runs them as pods; nothing that they compute."""
+
+    cpu: int = Field(1, ge=1, le=256, description="Cores, and the threads that a step computes with.")
+    memory_mib: int = Field(4096, ge=256, le=16_777_216, description="Memory; a pod that takes more is ended.")
+    disk_mib: int = Field(20_480, ge=256, le=16_777_216, description="Disk for the step's part of the run.")
+    gpus: int = Field(0, ge=0, le=16, description="GPUs.")
+    gpu_resource: str = Field("nvidia.com/gpu", min_length=1, description="What the cluster calls a GPU.")
+    node_selector: list[Label] = Field([], description="Labels of the nodes that pods may run on, as `key=value`.")
+    tolerations: list[Taint] = Field(
+        [], description="Taints that pods may run in spite of, as `key=value:Effect`, `key:Effect` or `key`."
+    )
+    steps: dict[Name, StepPodParams] = Field(
+        {"model_training": StepPodParams(cpu=2, memory_mib=8192)},
+        description="By step, any of the keys above that it wants otherwise; `trials` ask for what training does.",
+    )
+
+    def of_step(self, step: str) -> PodsParams:
+        """What this step's pod asks for; trials ask for what training does, where nothing else is said."""
+        if step == "trials" and step not in self.steps:
+            step = "model_training"
+        own = self.steps[step].model_dump(exclude_none=True) if step in self.steps else {}
+        return self.model_copy(update={**own, "steps": {}})
+
+
 class Params(Section):
     """The whole of `params.yaml`."""
 
@@ -344,6 +398,7 @@ class Params(Section):
     model_registration: ModelRegistrationParams = ModelRegistrationParams()
     deploy_to_staging: DeployToStagingParams = DeployToStagingParams()
     model_release: ModelReleaseParams = ModelReleaseParams()
+    pods: PodsParams = PodsParams()
 
 
 def load_params(path: Path) -> Params:

@@ -49,10 +49,17 @@ def _sections(path: str, section: Schema, definitions: Schema) -> Iterator[tuple
 
 
 def _row(path: str, key: str, prop: Schema, *, required: bool) -> str:
-    default = "required" if required else f"`{json.dumps(prop['default'])}`"
+    default = "required" if required else f"`{json.dumps(_without_nulls(prop['default']))}`"
     dotted = f"{path}.{key}" if path else key
     cells = (f"`{dotted}`", default, _limits(prop), prop.get("description", ""))
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _without_nulls(default: Any) -> Any:
+    """Sections that stand in a default, without the keys that they leave open."""
+    if not isinstance(default, dict):
+        return default
+    return {key: _without_nulls(value) for key, value in default.items() if value is not None}
 
 
 def _limits(prop: Schema) -> str:
@@ -63,8 +70,11 @@ def _limits(prop: Schema) -> str:
         return " or ".join(f"`{choice}`" for choice in prop["enum"])
     if prop.get("format") == "date":
         return "date, `YYYY-MM-DD`"
+    if prop["type"] == "object":
+        return "steps by their names"
     if prop["type"] == "array":
-        return f"list of {_range(prop, 'minItems', 'maxItems')}, each {_limits(prop['items'])}"
+        length = _range(prop, "minItems", "maxItems")
+        return f"list{f' of {length}' if length else ''}, each {_limits(prop['items'])}"
     if prop["type"] == "string":
         longest = f" of at most {prop['maxLength']} characters" if "maxLength" in prop else ""
         pattern = f": {PATTERNS_IN_WORDS[prop['pattern']]}" if "pattern" in prop else ""

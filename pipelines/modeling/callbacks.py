@@ -112,9 +112,11 @@ class EpochCheckpoint(pl.Callback):
         """
         temporary = self._path.with_suffix(".partial")
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            trainer.save_checkpoint(temporary)
-            temporary.replace(self._path)
+            if trainer.is_global_zero:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+            trainer.save_checkpoint(temporary)  # every rank calls it, the first alone writes
+            if trainer.is_global_zero:
+                temporary.replace(self._path)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             raise TryLater(f"the checkpoint {self._path} could not be written: {error}") from error
 

@@ -23,14 +23,19 @@ class BatchSampler(Sampler[Any]):
     Batches are as equal in size as they can be, none above `batch_size`: a last batch of one image would break batch
     normalisation.  Lightning calls `set_epoch` before each epoch, also after a resume.
 
+    Of several ranks, each takes its part of every batch: together they take the steps that one would.
+
     Args:
         images: number of images.
-        batch_size: the largest batch.
+        batch_size: the largest batch, over all ranks.
         seed: of the shuffling; None keeps the order.
+        rank: whose part to take.
+        world: number of ranks.
     """
 
-    def __init__(self, images: int, batch_size: int, *, seed: int | None) -> None:
+    def __init__(self, images: int, batch_size: int, *, seed: int | None, rank: int = 0, world: int = 1) -> None:
         self._images, self._seed, self._epoch = images, seed, 0
+        self._rank, self._world = rank, world
         self._batches = -(-images // batch_size)
 
     def set_epoch(self, epoch: int) -> None:
@@ -45,7 +50,8 @@ class BatchSampler(Sampler[Any]):
         order = np.arange(self._images)
         if self._seed is not None:
             order = torch.randperm(self._images, generator=generator_at(self._seed, "shuffle", self._epoch)).numpy()
-        yield from np.array_split(order, self._batches)
+        for batch in np.array_split(order, self._batches):
+            yield np.array_split(batch, self._world)[self._rank]
 
 
 class ArrayBatches(Dataset[Batch]):
@@ -63,11 +69,12 @@ class ArrayBatches(Dataset[Batch]):
 
 
 class ImageDataModule(pl.LightningDataModule):
-    """The training and validation splits as Lightning wants them."""
+    """The training and validation splits as Lightning wants them; of several ranks, one rank's part."""
 
-    def __init__(self, data: TrainingData, *, batch_size: int, seed: int) -> None:
+    def __init__(self, data: TrainingData, *, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
         super().__init__()
         self._data, self._batch_size, self._seed = data, batch_size, seed
+        self._rank, self._world = rank, world
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled batches."""
@@ -78,5 +85,5 @@ class ImageDataModule(pl.LightningDataModule):
         return self._loader(self._data.val, None)
 
     def _loader(self, split: LabelledImages, seed: int | None) -> DataLoader[Batch]:
-        sampler = BatchSampler(len(split), self._batch_size, seed=seed)
+        sampler = BatchSampler(len(split), self._batch_size, seed=seed, rank=self._rank, world=self._world)
         return DataLoader(ArrayBatches(split), sampler=sampler, batch_size=None)

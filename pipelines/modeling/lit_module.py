@@ -38,6 +38,14 @@ class Loss:
         weights = self.class_weights.to(logits.device)
         return functional.cross_entropy(logits, labels, weight=weights, label_smoothing=self.label_smoothing)
 
+    def training_sums(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The same as a weighted sum and the sum of the weights, for a part of a batch."""
+        weights = self.class_weights.to(logits.device)
+        total = functional.cross_entropy(
+            logits, labels, weight=weights, label_smoothing=self.label_smoothing, reduction="sum"
+        )
+        return total, weights[labels].sum()
+
     def validation(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The weighted sum over the batch and the sum of the weights, so that batches can be added up."""
         weights = self.class_weights.to(logits.device)
@@ -86,13 +94,33 @@ class ClassifierLitModule(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Augment, predict, and return the loss."""
         images, labels = batch
-        torch.manual_seed(derive_seed(self._seed, "dropout", self.current_epoch, batch_idx))
+        place = (self.current_epoch, batch_idx, *([self.global_rank] if self._ranks > 1 else []))
+        torch.manual_seed(derive_seed(self._seed, "dropout", *place))
         if self._augmentation is not None:
-            images = self._augmentation(images, generator_at(self._seed, "augment", self.current_epoch, batch_idx))
+            images = self._augmentation(images, generator_at(self._seed, "augment", *place))
+        if self._ranks > 1:
+            return self._shared_loss(self.network(images), labels)
         loss = self._loss.training(self.network(images), labels)
         self._train_sums[0] += loss.detach() * len(labels)
         self._train_sums[1] += len(labels)
         return loss
+
+    @property
+    def _ranks(self) -> int:
+        return int(self.trainer.world_size)
+
+    def _shared_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """This rank's part of the whole batch's loss; the gradient that DDP averages over the ranks is the batch's.
+
+        A mean per rank would not do: class weights make each rank's own mean divide by another sum.
+        """
+        total, weight = self._loss.training_sums(logits, labels)
+        sums = torch.stack([weight.detach(), torch.full_like(weight, len(labels))])
+        all_weight, all_images = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        self._train_sums[0] += total.detach() / all_weight * all_images
+        self._train_sums[1] += len(labels)
+        shared: Tensor = total / all_weight * self._ranks
+        return shared
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
         """Add one batch to the epoch's sums."""
@@ -107,19 +135,31 @@ class ClassifierLitModule(pl.LightningModule):
         self._train_sums = torch.zeros(2, device=self.device)
 
     def on_validation_epoch_start(self) -> None:
-        """Begin the epoch's sums."""
+        """Begin the epoch's sums; every rank measures the weights and batch statistics that rank 0 keeps."""
         self._val_sums = torch.zeros(4, device=self.device)
+        if self._ranks > 1:
+            for buffer in self.network.buffers():
+                torch.distributed.broadcast(buffer, src=0)
 
     def epoch_metrics(self) -> dict[str, float]:
         """Means over the epoch that was just trained and validated, and the learning rate it ended with."""
-        train_loss, train_images = self._train_sums.tolist()
-        val_loss, val_weight, right, val_images = self._val_sums.tolist()
+        train_loss, train_images = self._over_ranks(self._train_sums).tolist()
+        val_loss, val_weight, right, val_images = self._over_ranks(self._val_sums).tolist()
         return {
             "train/loss": train_loss / train_images,
             "val/loss": val_loss / val_weight,
             "val/accuracy": right / val_images,
             "lr": float(self.trainer.optimizers[0].param_groups[0]["lr"]),
         }
+
+    def _over_ranks(self, sums: Tensor) -> Tensor:
+        """Sums of all ranks, added in their order, so that every rank gets the same bits."""
+        if self._ranks == 1:
+            return sums
+        gathered = self.all_gather(sums)
+        if not isinstance(gathered, Tensor):
+            raise TypeError(f"gathered a {type(gathered).__name__}")
+        return gathered.sum(dim=0)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Called by Lightning once the number of steps is known."""

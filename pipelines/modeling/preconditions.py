@@ -28,13 +28,15 @@ def check_training_preconditions(params: ModelTrainingParams) -> None:
     In Kubernetes nothing is checked: there, the pod that trains has other hardware than the one that opens the run.
 
     Raises:
-        Refusal: a GPU is asked for and none is here, or the Hugging Face checkpoint is nowhere.
+        Refusal: a GPU or cores are asked for that are not here, or the Hugging Face checkpoint is nowhere.
         TryLater: whether the hub has the checkpoint cannot be asked now.
     """
     if "KUBERNETES_SERVICE_HOST" in os.environ:
         return
     if params.accelerator == "gpu":
         refuse_missing_gpu()
+    if params.accelerator == "cpu":
+        refuse_missing_cores(params.devices)
     if params.network == "huggingface":
         check_checkpoint(params.huggingface)
 
@@ -51,6 +53,22 @@ def refuse_missing_gpu(devices: tuple[Path, ...] = _GPU_DEVICES) -> None:
             "this machine has no GPU, or no driver for it",
             limit=f"one of {', '.join(map(str, devices))}",
             way_out="use accelerator auto, which takes a GPU if there is any, or train where there is one",
+        )
+
+
+def refuse_missing_cores(processes: int) -> None:
+    """Refuse more processes that train together than this one may use cores: they would only wait for each other.
+
+    Raises:
+        Refusal: there are fewer cores.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if processes > cores:
+        raise Refusal(
+            f"model_training.devices {processes}",
+            "more processes than there are cores",
+            limit=f"{cores} on this machine without a GPU",
+            way_out="lower model_training.devices, or train where there are as many cores or GPUs",
         )
 
 

@@ -66,14 +66,14 @@ class TrainingProgress(pl.Callback):
 
     def on_train_batch_end(
         self,
-        trainer: pl.Trainer,  # noqa: ARG002
+        trainer: pl.Trainer,
         pl_module: pl.LightningModule,  # noqa: ARG002
         outputs: STEP_OUTPUT,  # noqa: ARG002
         batch: Batch,
         batch_idx: int,  # noqa: ARG002
     ) -> None:
-        """Count the batch."""
-        self._bar.advance(self._task, len(batch[1]))
+        """Count the batch, the other ranks' parts of it included."""
+        self._bar.advance(self._task, len(batch[1]) * trainer.world_size)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
         """Say how the epoch went."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-defined]
     MisconfigurationException,
     SIGTERMException,
@@ -26,6 +28,8 @@ from pipelines.modeling.data_module import ImageDataModule
 from pipelines.modeling.lit_module import ClassifierLitModule, Loss
 from pipelines.modeling.network_factory import build_network
 from pipelines.modeling.optimizers import optimizer_factory
+from pipelines.modeling.preconditions import refuse_missing_cores
+from pipelines.modeling.ranks import EndAtOnce, LocalRanks, Rank, RankJob, free_port, other_ranks
 from pipelines.modeling.training_data import TrainingData
 from pipelines.params import ModelTrainingParams
 
@@ -72,6 +76,10 @@ def train(
     On one kind of CPU with one number of threads, equal arguments give equal weights, bit for bit, however often the
     training was killed and started again.
 
+    With `devices` above 1, so many processes each train on a part of every batch (PyTorch's DistributedDataParallel).
+    The loss and its gradient are those of the whole batch; each process normalises its part by itself where the network
+    normalises batches, and has augmentation and dropout of its own, so that the weights are others than with one.
+
     Args:
         data: images and constants.
         params: network, optimiser, augmentation, epochs.
@@ -81,10 +89,49 @@ def train(
         history: to share with observers; by default a new one.
 
     Raises:
-        Refusal: the loss became NaN or infinite, the network cannot be built, or there is no such accelerator.
-        TryLater: a checkpoint could not be written.
+        Refusal: the loss became NaN or infinite, the network cannot be built, there is no such accelerator, or the
+            batches are too small for so many processes.
+        TryLater: a checkpoint could not be written, or one of several processes was ended from outside.
     """
+    _refuse_small_shares(data, params)
     history = history or EpochHistory(params.patience_epochs)
+    with _quiet_lightning(), _restoring_determinism(), _honest_exit_codes():
+        job = RankJob(
+            data,
+            params,
+            seed,
+            checkpoint=find_checkpoint(resumption.path, resumption.fingerprint) if resumption else None,
+            fingerprint=resumption.fingerprint if resumption else None,
+            threads=max(1, torch.get_num_threads() // params.devices),
+            rank=Rank(0, params.devices, free_port() if params.devices > 1 else 0),
+        )
+        with other_ranks(job) if params.devices > 1 else nullcontext():
+            network = _fit(job, history, observers, resumption.path if resumption else None)
+    network.cpu().load_state_dict(history.best_weights)
+    return Training(network.eval(), history, params.epochs)
+
+
+def train_along(job: RankJob) -> None:
+    """Do the part of a training that falls to a rank above 0.
+
+    Raises:
+        Refusal: as `train`; every rank meets it.
+    """
+    with _quiet_lightning(), _restoring_determinism():
+        path = None if job.fingerprint is None else Path(os.devnull)  # only rank 0 writes the checkpoint
+        _fit(job, EpochHistory(job.params.patience_epochs), (), path)
+
+
+def _fit(job: RankJob, history: EpochHistory, observers: Sequence[pl.Callback], checkpoint: Path | None) -> nn.Module:
+    """Train as one of the ranks; the network as it is at the end.
+
+    Args:
+        job: what to train, and as which rank.
+        history: gets the epochs.
+        observers: callbacks that watch.
+        checkpoint: file to leave after each epoch; every rank must have one, or none.
+    """
+    data, params, seed = job.data, job.params, job.seed
     network = build_network(params, data, seed)
     lit_module = ClassifierLitModule(
         network,
@@ -100,26 +147,27 @@ def train(
     if params.weight_averaging:
         callbacks.append(MovingAverage(params.weight_averaging))
     callbacks += observers
-    if resumption is not None:
-        callbacks.append(EpochCheckpoint(resumption.path, resumption.fingerprint))
-    with _quiet_lightning(), _restoring_determinism(), _honest_exit_codes():
-        trainer = _make_trainer(params, callbacks)
-        checkpoint = find_checkpoint(resumption.path, resumption.fingerprint) if resumption else None
-        data_module = ImageDataModule(data, batch_size=params.batch_size, seed=seed)
-        trainer.fit(lit_module, data_module, ckpt_path=checkpoint, weights_only=True)
-    network.cpu().load_state_dict(history.best_weights)
-    return Training(network.eval(), history, params.epochs)
+    if checkpoint is not None:
+        callbacks.append(EpochCheckpoint(checkpoint, job.fingerprint or ""))
+    trainer = _make_trainer(params, callbacks, job.rank)
+    data_module = ImageDataModule(
+        data, batch_size=params.batch_size, seed=seed, rank=job.rank.number, world=job.rank.world
+    )
+    trainer.fit(lit_module, data_module, ckpt_path=job.checkpoint, weights_only=True)
+    return network
 
 
-def _make_trainer(params: ModelTrainingParams, callbacks: list[pl.Callback]) -> pl.Trainer:
+def _make_trainer(params: ModelTrainingParams, callbacks: list[pl.Callback], rank: Rank) -> pl.Trainer:
+    together = rank.world > 1
     try:
         return pl.Trainer(
             max_epochs=params.epochs,
             accelerator=params.accelerator,
-            devices=1,
+            devices=rank.world,
+            strategy=DDPStrategy(cluster_environment=LocalRanks(rank)) if together else "auto",
             precision=params.precision,
             deterministic=_deterministic(params.accelerator),
-            callbacks=callbacks,
+            callbacks=[*callbacks, EndAtOnce()] if together else callbacks,
             logger=False,
             enable_checkpointing=False,  # EpochCheckpoint does it: one file, atomic, with its fingerprint
             enable_progress_bar=False,
@@ -128,11 +176,29 @@ def _make_trainer(params: ModelTrainingParams, callbacks: list[pl.Callback]) -> 
             use_distributed_sampler=False,
         )
     except MisconfigurationException as error:
+        devices = f", devices {rank.world}" if together else ""
         raise Refusal(
-            f"model_training.accelerator {params.accelerator} with precision {params.precision}",
+            f"model_training.accelerator {params.accelerator} with precision {params.precision}{devices}",
             f"not possible here: {error}",
-            way_out="use accelerator auto and precision 32-true",
+            way_out="use accelerator auto, precision 32-true" + (" and devices 1" if together else ""),
         ) from error
+
+
+def _refuse_small_shares(data: TrainingData, params: ModelTrainingParams) -> None:
+    """Refuse more processes than there are cores, or than the smallest batch has work for."""
+    if params.devices == 1:
+        return
+    if params.accelerator == "cpu" or not torch.cuda.is_available():
+        refuse_missing_cores(params.devices)
+    for name, split, needed in (("training", data.train, 2), ("validation", data.val, 1)):
+        smallest = len(split) // -(-len(split) // params.batch_size)
+        if smallest < needed * params.devices:
+            raise Refusal(
+                f"model_training.devices {params.devices}",
+                f"batches of the {name} split hold {smallest} images",
+                limit=f"{needed} for each process",
+                way_out="lower model_training.devices, or raise model_training.batch_size",
+            )
 
 
 def _deterministic(accelerator: str) -> Literal["warn", True]:

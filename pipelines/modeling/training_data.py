@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import mmap
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +30,19 @@ class LabelledImages:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def __reduce__(self) -> tuple[Callable[..., LabelledImages], tuple[Any, ...]]:
+        """Travel to another process as the file's name where the images are a memory map, and not as its content."""
+        images: Any = self.images
+        if isinstance(images, np.memmap) and isinstance(images.base, mmap.mmap):  # and no view of one
+            place = (str(images.filename), images.dtype.str, images.offset, images.shape)
+            return _map_again, (place, self.labels)
+        return LabelledImages, (images, self.labels)
+
+
+def _map_again(place: tuple[str, str, int, tuple[int, ...]], labels: np.ndarray[Any, Any]) -> LabelledImages:
+    file, dtype, offset, shape = place
+    return LabelledImages(np.memmap(file, dtype, "r", offset, shape), labels)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,9 @@ GATES = {("data_preprocessing", "data/validation")}
 # Files of a workspace that DVC does not track: a stage that reads them must not let them into its outputs.
 UNTRACKED = {"params.yaml", "checkpoints"}
 # Sections that steer what follows a run: a release is no step of one, for it waits for a person and for traffic.
-NOT_A_STAGE = {"model_release"}
+NOT_A_STAGE = {"model_release", "pods"}
+# Keys whose own keys are names that a user chooses.
+BY_NAME = {"pods.steps"}
 
 
 # What stands in params.yaml
@@ -55,7 +57,7 @@ def _keys(model: type[BaseModel], path: str = "") -> Iterator[str]:
 
 def _leaves(tree: dict[str, Any], path: str = "") -> Iterator[str]:
     for name, value in tree.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and f"{path}{name}" not in BY_NAME:
             yield from _leaves(value, f"{path}{name}.")
         else:
             yield f"{path}{name}"
@@ -86,6 +88,7 @@ def test_params_schema__every_key__has_limits_that_a_form_understands() -> None:
     known = {"type", "title", "description", "default", "enum", "format", "pattern", "items", "anyOf", "$ref"}
     known |= {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
     known |= {"minLength", "maxLength", "minItems", "maxItems"}
+    known |= {"additionalProperties", "propertyNames"}  # of what only the file can say
     for section in (schema, *schema["$defs"].values()):
         for key, prop in section["properties"].items():
             assert prop.keys() <= known, f"{section['title']}.{key}"
