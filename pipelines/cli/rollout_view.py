@@ -105,8 +105,10 @@ def _describe_prober(state: RolloutState, reading: StepReading) -> str:
     params = state.plan.params
     if not params.probe_requests_per_s:
         return ""
-    counts = "of the canary's requests were probes" if params.count_probes else "probes to the canary, no evidence"
-    return f"{reading.probes:,} {counts}; at most {params.probe_requests_per_s:g} per second"
+    most = f"at most {params.probe_requests_per_s:g} per second"
+    if params.count_probes:
+        return f"{reading.probes:,} of the canary's requests were probes; {most}"
+    return f"{reading.uncounted_probes:,} probes to the canary, no evidence; {most}"
 
 
 def _describe_next(state: RolloutState, reading: StepReading, now: float) -> str:

@@ -55,10 +55,11 @@ def _describe_rollback(entry: Mapping[str, Any]) -> str:
 
 
 def _describe_evidence(entry: Mapping[str, Any], step: str) -> str:
-    """`shadow 2,032 requests, 68 s, 7/7 gates`; empty where nothing was watched."""
+    """`shadow 2,032 requests (900 probes), 68 s, 7/7 gates`; empty where nothing was watched."""
     if "requests" not in entry:
         return ""
-    parts = [f"{_name(step)} {entry['requests']:,} requests".strip()]
+    probes = f" ({entry['probes']:,} probes)" if entry.get("probes") else ""
+    parts = [f"{_name(step)} {entry['requests']:,} requests{probes}".strip()]
     if "watched_s" in entry:
         parts.append(f"{entry['watched_s']:.0f} s")
     if gates := entry.get("gates"):

@@ -395,7 +395,7 @@ def _because(reading: StepReading) -> dict[str, Any]:
     return {
         "requests": reading.requests,
         "stable_requests": reading.stable_requests,
-        **({"probes": reading.probes} if reading.probes else {}),
+        **reading.probe_evidence,
         "reason": reading.reason,
         "gates": {gate.name: f"{gate.verdict}: {gate.text}" for gate in reading.gates},
     }

@@ -38,7 +38,8 @@ class Gates:
     def __call__(self, state: RolloutState, window: Window) -> StepReading:
         """What the gates say of a window."""
         is_shadow = state.step.phase is Phase.SHADOW
-        if state.plan.params.count_probes:
+        counts_probes = state.plan.params.count_probes
+        if counts_probes:
             window = Window(_with_probes(window.canary), _with_probes(window.stable))
         judgement = judge(
             CanaryWindow(
@@ -51,7 +52,7 @@ class Gates:
             limits_of(state.plan.params),
             phase="shadow" if is_shadow else "canary",
         )
-        return _read(judgement, window)
+        return _read(judgement, window, counts_probes=counts_probes)
 
     def _slot(self, counters: SlotCounters | None) -> SlotWindow | None:
         if counters is None:
@@ -124,7 +125,8 @@ def _recall(state: RolloutState) -> dict[str, Counts]:
     return _TURNING_POINTS.validate_python(remembered)
 
 
-def _read(judgement: Judgement, window: Window) -> StepReading:
+def _read(judgement: Judgement, window: Window, *, counts_probes: bool) -> StepReading:
+    probes = window.canary.probes.requests if window.canary else 0
     gates = tuple(
         GateReading(
             gate.name,
@@ -141,6 +143,7 @@ def _read(judgement: Judgement, window: Window) -> StepReading:
         reason=judgement.sentence.removeprefix(f"{judgement.verdict}: "),
         requests=window.canary.requests if window.canary else 0,
         stable_requests=window.stable.requests if window.stable else 0,
-        probes=window.canary.probes.requests if window.canary else 0,
+        probes=probes if counts_probes else 0,
+        uncounted_probes=0 if counts_probes else probes,
         memory={"turning_points": _TURNING_POINTS.dump_python(dict(judgement.turning_points), mode="json")},
     )

@@ -225,7 +225,8 @@ class ProbeSender:
     time, because the answers are slow, is not made up for.
 
     Attributes:
-        is_refused: whether a service does not take the key; what it answered then was counted as a client's error.
+        is_refused: whether a service does not take the key; nothing more is sent then, as it would count as a
+            client's error.
 
     Args:
         url: the clients' door.
@@ -285,7 +286,7 @@ class ProbeSender:
         """The image that is due, or none and how long to wait."""
         with self._lock:
             now = time.monotonic()
-            if self._rate <= 0 or now > self._until:
+            if self._rate <= 0 or now > self._until or self.is_refused:
                 return 0.1, None
             if self._next > now:
                 return min(self._next - now, 0.1), None

@@ -291,7 +291,7 @@ def _rolled_back(world: World, state: RolloutState, *, reason: str, by: str, tra
     if state.step.phase is Phase.PROMOTED:
         # The slot of the one before it is given up by going back to it, so that nothing is kept warm behind it.
         evidence |= {"champion": _version(state.champion), "previous": None}
-    requests = state.reading.requests if state.reading else 0
+    requests, probes = (state.reading.requests, state.reading.probes) if state.reading else (0, 0)
     return replace(
         state,
         step=ROLLED_BACK,
@@ -299,7 +299,7 @@ def _rolled_back(world: World, state: RolloutState, *, reason: str, by: str, tra
         step_evidence=evidence,
         entered_at=now,
         reason=reason,
-        passages=(*state.passages, Passage(ROLLED_BACK.name, now, reason, requests)),
+        passages=(*state.passages, Passage(ROLLED_BACK.name, now, reason, requests, probes)),
     )
 
 
@@ -310,6 +310,7 @@ def _readings(state: RolloutState) -> Mapping[str, Any]:
     return {
         "requests": state.reading.requests,
         "stable_requests": state.reading.stable_requests,
+        **state.reading.probe_evidence,
         "gates": {gate.name: f"{gate.verdict}: {gate.text}" for gate in state.reading.gates},
     }
 

@@ -51,7 +51,8 @@ class StepReading:
         requests: of the canary in this step.
         stable_requests: of the stable slot in the same time.
         memory: what the next judgement of the same step is to be given, as a JSON tree.
-        probes: the prober's requests to the canary in this step; in `requests` only where they count as evidence.
+        probes: of `requests` the prober's.
+        uncounted_probes: the prober's, where they are no evidence and not in `requests`.
     """
 
     verdict: str
@@ -61,6 +62,13 @@ class StepReading:
     stable_requests: int = 0
     memory: Mapping[str, Any] = field(default_factory=dict)
     probes: int = 0
+    uncounted_probes: int = 0
+
+    @property
+    def probe_evidence(self) -> dict[str, int]:
+        """What the ledger is told of the prober; nothing where there is none."""
+        known = {"probes": self.probes, "uncounted_probes": self.uncounted_probes}
+        return {name: count for name, count in known.items() if count}
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ from pipelines.release.engine import look
 from pipelines.release.gates import forecast
 from pipelines.release.history import as_result, summarise
 from pipelines.release.rollback import roll_back
+from pipelines.release.rollout_state import Passage, StepReading
 from pipelines.release.steps import Phase, Step
 from pipelines.settings import get_settings
-from tests.unit.release.simulated_release import MODEL, Simulation
+from tests.unit.release.simulated_release import MODEL, QUICK, Simulation
 
 
 @pytest.fixture
@@ -80,6 +81,28 @@ def test_watch__at_10_percent__shows_weight_gates_and_the_stable_slot(world: Sim
     assert "champion v1   canary v2 at 10 % since" in lines[0]
     assert lines[1].split() == ["errors", "0", "of", "60", "more", "data"]
     assert lines[2] == "  stable     540 requests in the same window"
+
+
+@pytest.mark.parametrize(
+    ("counts", "line"),
+    [
+        (True, "  prober     60 of the canary's requests were probes; at most 20 per second"),
+        (False, "  prober     9 probes to the canary, no evidence; at most 20 per second"),
+    ],
+)
+def test_watch__a_release_with_a_prober__says_how_many_were_probes(tmp_path: Path, counts: bool, line: str) -> None:
+    params = QUICK.model_copy(update={"probe_requests_per_s": 20, "count_probes": counts})
+    world = Simulation(tmp_path, params=params)
+    rollout = world.begin()
+    world.answer()
+    state = world.engine().advance(rollout.rollout_id)
+    reading = StepReading("need more data", (), "few requests", 60, 540, probes=60, uncounted_probes=9)
+    assert line in shown(render_rollout(state, world.target.state(), reading, world.clock()))
+
+
+def test_history__steps_that_passed_on_probes__say_how_many(world: Simulation) -> None:
+    passages = (Passage("pending", 0.0), Passage("shadow", 0.0), Passage("canary@10", 9.0, "", 400, 390))
+    assert summarise(replace(world.begin(), passages=passages)).course == "shadow 400 (390 probes)"
 
 
 def test_watch__waits_for_an_approval__says_who_could(world: Simulation) -> None:

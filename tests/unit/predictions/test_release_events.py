@@ -28,7 +28,7 @@ def test_describe_steps__each_kind_of_row__is_one_line_with_what_the_step_before
     steps = [
         {"event": "traffic", "step": "shadow", "after_step": "pending", "watched_s": 0.0},
         {"event": "traffic", "step": "canary@10", "after_step": "shadow", **shown},
-        {"event": "promoted", "step": "promoted", "after_step": "canary@100", **shown},
+        {"event": "promoted", "step": "promoted", "after_step": "canary@100", "probes": 900, **shown},
         {"event": "rolled_back", "from_step": "canary@10", "by": "watchdog", "reason": "slow", "traffic_moved_s": 0.2},
         {"event": "traffic", "step": "promoted", "skipped": ["shadow"], "reason": "the first release"},
     ]
@@ -36,7 +36,7 @@ def test_describe_steps__each_kind_of_row__is_one_line_with_what_the_step_before
     assert lines == [
         "shadow 2026-11-21 05:23",
         "10 % 2026-11-21 05:23: shadow 2,032 requests, 68 s, 1/2 gates",
-        "promoted 2026-11-21 05:23: 100 % 2,032 requests, 68 s, 1/2 gates",
+        "promoted 2026-11-21 05:23: 100 % 2,032 requests (900 probes), 68 s, 1/2 gates",
         "rolled back from 10 % 2026-11-21 05:23 by watchdog, traffic moved in 0.2 s: slow",
         "no canary 2026-11-21 05:23: the first release",
     ]

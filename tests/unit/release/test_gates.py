@@ -144,7 +144,9 @@ def test_gates__probes_alone__promote_only_where_they_count() -> None:
     assert counted.verdict == "promote"
     assert (counted.requests, counted.stable_requests, counted.probes) == (4_000, 36_000, 4_000)
     ignored = Gates(None, lambda: EPOCH)(held_to(count_probes=False), window)
-    assert (ignored.verdict, ignored.requests, ignored.probes) == ("need more data", 0, 4_000)
+    assert (ignored.verdict, ignored.requests, ignored.probes) == ("need more data", 0, 0)
+    assert ignored.uncounted_probes == 4_000
+    assert (counted.probe_evidence, ignored.probe_evidence) == ({"probes": 4_000}, {"uncounted_probes": 4_000})
 
 
 def test_gates__errors_that_only_the_prober_met__roll_back_where_they_count() -> None:
