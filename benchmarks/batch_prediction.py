@@ -29,8 +29,8 @@ from pipelines.batch_prediction.locations import open_location
 from pipelines.batch_prediction.prediction import predict_source
 from pipelines.batch_prediction.rows import ModelIdentity
 from pipelines.core.contract import INPUT_NAME, PROBABILITIES_NAME, InputContract, ModelContract
+from pipelines.core.file_hash import hash_file
 from pipelines.core.image_limits import ImageLimits
-from pipelines.data.shards import file_sha256
 from pipelines.modeling.export import export_onnx
 from pipelines.modeling.networks import NormalizedNet, PixelNormalization, SmallConvNet
 from pipelines.params import Params
@@ -117,7 +117,7 @@ def _bare_loop(files: list[Path], model: Path, threads: int) -> None:
 
 def _predict(folder: Path, model: Path, out: Path, threads: int) -> None:
     source = open_location(str(folder), Settings(), path_column="path", out=out)
-    identity = ModelIdentity("bench", "1", file_sha256(model))
+    identity = ModelIdentity("bench", "1", hash_file(model))
     predict_source(
         source, model, identity, out, limits=ImageLimits(), threads=threads, name="bench", say=lambda _: None
     )

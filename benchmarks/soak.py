@@ -2,11 +2,11 @@
 
     python -m benchmarks.soak [--minutes 30] [--load 0.7]
 
-The release is served as shipped, with two workers.  The capacity is what the same mix of requests reaches when its
-clients wait for their answers; then requests come at fixed times, so that a stall shows.  After a quarter of the time
-one worker gets SIGKILL; after half of it the first server gets SIGTERM, and the clients, who are told nothing, go to a
-second one where nobody listens any more.  At the end every answered prediction is looked for among those
-that were kept, and the other way round.  Ends with 1 when a promise did not hold.
+The release is served as shipped, with two workers.  The capacity is the highest rate of the same mix at which less than
+one request in a thousand is turned away, coming at fixed times as they do in the soak, so that a stall shows.  After a
+quarter of the time one worker gets SIGKILL; after half of it the first server gets SIGTERM, and the clients, who are
+told nothing, go to a second one where nobody listens any more.  At the end every answered prediction is looked for in
+what was kept, and the other way round.  Ends with 1 when a promise did not hold.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _outcomes(evidence: Evidence) -> Table:
 
 
 def _verdicts(course: Course, checks: list[Check]) -> Table:
-    title = f"{course.rate_per_s:.0f} requests/s; {WORKERS} workers and the clients reach {course.capacity_per_s:.0f}"
+    title = f"{course.rate_per_s:.0f} requests/s; {WORKERS} workers beside the clients take {course.capacity_per_s:.0f}"
     table = Table("", "promise", "found", box=None, title=title, title_justify="left")
     for check in checks:
         table.add_row("[green]held[/]" if check.held else "[red]BROKEN[/]", check.promise, check.found)

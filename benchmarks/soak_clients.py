@@ -75,6 +75,7 @@ class Journal:
     folder: Path
     started: float = field(default_factory=time.monotonic)
     done: int = 0
+    turned_away: int = 0
     broken: int = 0
 
     def __post_init__(self) -> None:
@@ -92,6 +93,7 @@ class Journal:
     def end(self, kind: str, phase: str, due_s: float, status: int, request_id: str, lag_ms: float) -> None:
         """Write down how a request ended; its latency counts from the time it was due."""
         self.done += 1
+        self.turned_away += status in (503, BROKEN, REFUSED, GIVEN_UP)
         latency_ms = 1000 * (self.now() - due_s)
         row = (f"{due_s:.4f}", kind, phase, status, f"{latency_ms:.2f}", f"{lag_ms:.2f}", request_id)
         self._writers["requests"].writerow(row)

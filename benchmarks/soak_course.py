@@ -22,6 +22,8 @@ from benchmarks.soak_clients import Clients, Journal, SlowClients
 PROJECT = Path(__file__).parents[1]
 WORKERS = 2
 CAPACITY_CLIENTS = 32
+CAPACITY_STEP = 0.95
+MAX_TURNED_AWAY = 0.001  # of the requests, at a rate that counts as within the capacity
 MAX_BODY_BYTES = 2 * 2**20
 KILL_AT, SHUTDOWN_AT = 0.25, 0.5  # of the time
 MAX_RETURN_S = 10.0  # from the kill of a worker to its successor's readiness
@@ -53,7 +55,7 @@ class Course:
     """What happened.
 
     Attributes:
-        capacity_per_s: requests of the mix that the servers and the clients reach together.
+        capacity_per_s: requests of the mix that the server takes from clients who do not wait for each other.
         rate_per_s: at which requests came.
         timeline: when what was done.
         samples: of memory.
@@ -135,9 +137,20 @@ class Soak:
         return Course(capacity_per_s, rate_per_s, timeline, self._samples, self._checks)
 
     async def _measure_capacity(self) -> float:
+        """The highest rate, in steps, at which hardly any request is turned away though no client waits for another."""
         self.clients.phase = "capacity"
+        seconds = max(5.0, min(20.0, 3 * self.minutes))
         await self.clients.closed_loop(CAPACITY_CLIENTS, _WARM_S)
-        return await self.clients.closed_loop(CAPACITY_CLIENTS, max(5.0, min(30.0, 3 * self.minutes)))
+        rate_per_s = await self.clients.closed_loop(CAPACITY_CLIENTS, seconds)
+        self.say(f"{CAPACITY_CLIENTS} clients who wait for their answers reach {rate_per_s:.0f} requests/s")
+        while True:
+            rate_per_s *= CAPACITY_STEP
+            done, turned_away = self.journal.done, self.journal.turned_away
+            await self.clients.open_loop(rate_per_s, self.journal.now() + seconds)
+            share = (self.journal.turned_away - turned_away) / (self.journal.done - done)
+            self.say(f"{rate_per_s:.0f} requests/s from clients who do not: {share:.2%} turned away")
+            if share <= MAX_TURNED_AWAY:
+                return rate_per_s
 
     async def _load_and_disturb(self, rate_per_s: float) -> Timeline:
         self.clients.phase = "server A"
