@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -13,6 +12,9 @@ from urllib.parse import urlsplit
 from pipelines.core.release_signing import hash_file
 from pipelines.core.release_unit import RELEASE_SUFFIX, SIGNATURE_SUFFIX, digest_in_name, release_name
 from pipelines.errors import Refusal, TryLater
+from pipelines.object_storage.client import connect, explained
+from pipelines.object_storage.settings import read_s3_settings
+from pipelines.object_storage.transfers import download
 
 _S3 = "s3://"
 
@@ -39,7 +41,7 @@ def fetch_release(address: str, cache: Path, *, digest: str = "", s3_endpoint_ur
         address: a file, a folder, `s3://bucket/prefix/<sha256>.bento` or `s3://bucket/prefix`.
         cache: folder of this machine.
         digest: SHA-256 of the release; needed where the address does not end in it.
-        s3_endpoint_url: of the store; empty is AWS, or what `AWS_ENDPOINT_URL` says.
+        s3_endpoint_url: of the store; empty is what the environment says.
 
     Raises:
         Refusal: there is no such release, or the address leaves open which one.
@@ -129,52 +131,12 @@ def _copy_file(address: str, target: Path) -> bool:
 
 
 def _bucket_copier(endpoint_url: str) -> Callable[[str, Path], bool]:
-    import boto3
-    from botocore.config import Config
-    from botocore.exceptions import ClientError
-
-    endpoint_url = endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3", "") or os.environ.get("AWS_ENDPOINT_URL", "")
-    config = Config(
-        connect_timeout=5,
-        read_timeout=30,
-        retries={"mode": "standard", "max_attempts": 4},
-        # Buckets as host names need a wildcard in the DNS, which only AWS can be counted on to have.
-        s3={"addressing_style": "path" if endpoint_url else "auto"},
-    )
-    with _explained("the artifact store"):
-        client = boto3.Session().client("s3", endpoint_url=endpoint_url or None, config=config)
+    settings = read_s3_settings(endpoint_url)
+    client = connect(settings)
 
     def copy(address: str, target: Path) -> bool:
         parts = urlsplit(address)
-        with _explained(f"the artifact store {_S3}{parts.netloc}"):
-            try:
-                client.download_file(parts.netloc, parts.path.lstrip("/"), str(target))
-            except ClientError as error:
-                if error.response["Error"].get("Code") in {"404", "NoSuchKey"}:
-                    return False
-                raise
-        return True
+        with explained(f"the artifact store {_S3}{parts.netloc}"):
+            return download(client, settings, parts.netloc, parts.path.lstrip("/"), target)
 
     return copy
-
-
-@contextlib.contextmanager
-def _explained(name: str) -> Iterator[None]:
-    from boto3.exceptions import Boto3Error
-    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
-
-    try:
-        yield
-    except ClientError as error:
-        code, message = error.response["Error"].get("Code", ""), error.response["Error"].get("Message", "")
-        if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) >= 500 or code == "SlowDown":
-            raise TryLater(f"{name} answers {code}: {message}") from error
-        raise Refusal(
-            name, f"answers {code}: {message}", way_out="check the address and what the credentials allow"
-        ) from error
-    except (NoCredentialsError, PartialCredentialsError) as error:
-        raise Refusal(
-            name, f"needs credentials: {error}", way_out="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        ) from error
-    except (BotoCoreError, Boto3Error) as error:
-        raise TryLater(f"{name} cannot be reached: {error}") from error

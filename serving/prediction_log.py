@@ -47,7 +47,11 @@ class PredictionLog:
             _Lane(self._spool, JournalHeader(kind, *shared), settings.flush_rows, settings.flush_interval_s)
             for kind in (PREDICTIONS, FEEDBACK)
         )
-        self._shipper = Shipper(self._spool, open_store(settings.predictions_url), settings.spool_max_bytes)
+        self._shipper = Shipper(
+            self._spool,
+            open_store(settings.predictions_url, settings.s3_endpoint_url),
+            settings.spool_max_bytes,
+        )
         self._stop = threading.Event()
         self._writer = threading.Thread(target=self._run, name="prediction-journal", daemon=True)
 

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
 
 from pipelines.core.prediction_ids import new_prediction_id
+from pipelines.object_storage.client import connect, explained
+from pipelines.object_storage.settings import read_s3_settings
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
-
-_CONNECT_TIMEOUT_S = 5
-_READ_TIMEOUT_S = 20
 
 
 class PredictionStore(Protocol):
@@ -36,11 +35,11 @@ class PredictionStore(Protocol):
         ...
 
 
-def open_store(url: str) -> PredictionStore:
+def open_store(url: str, s3_endpoint_url: str = "") -> PredictionStore:
     """The store behind a folder or `s3://bucket/prefix`; nothing is asked of it yet."""
     parts = urlsplit(url)
     if parts.scheme == "s3":
-        return S3PredictionStore(parts.netloc, parts.path.strip("/"))
+        return S3PredictionStore(parts.netloc, parts.path.strip("/"), s3_endpoint_url)
     return FolderPredictionStore(Path(url.removeprefix("file://")))
 
 
@@ -78,15 +77,17 @@ class FolderPredictionStore:
 
 
 class S3PredictionStore:
-    """A prefix of an S3 bucket; boto3 finds credentials and region.
+    """A prefix of an S3 bucket; boto3 finds the credentials.
 
     Args:
         bucket: the bucket's name.
         prefix: without slashes at its ends; may be empty.
+        endpoint_url: of the store; empty is what the environment says.
     """
 
-    def __init__(self, bucket: str, prefix: str) -> None:
+    def __init__(self, bucket: str, prefix: str, endpoint_url: str = "") -> None:
         self._bucket = bucket
+        self._endpoint_url = endpoint_url
         self._prefix = f"{prefix}/" if prefix else ""
         self._client: S3Client | None = None
 
@@ -94,32 +95,18 @@ class S3PredictionStore:
         """Import boto3 and read its configuration.
 
         Raises:
-            Exception: of botocore: the configuration is wrong.
+            Refusal: the configuration is wrong.
         """
         if self._client is None:
-            self._client = _connect()
+            self._client = connect(read_s3_settings(self._endpoint_url), attempts=1)  # the shipper tries again itself
 
     def put(self, path: str, content: bytes) -> None:
         """Store by one request, which S3 completes or refuses as a whole.
 
         Raises:
-            Exception: of botocore: no answer, no bucket, no credentials.
+            PerchError: no answer, no bucket, no credentials.
         """
         self.prepare()
         assert self._client is not None  # noqa: S101 - prepared
-        self._client.put_object(Bucket=self._bucket, Key=self._prefix + path, Body=content)
-
-
-def _connect() -> S3Client:
-    import boto3
-    from botocore.config import Config
-
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("PERCH_S3_ENDPOINT_URL") or None
-    config = Config(
-        connect_timeout=_CONNECT_TIMEOUT_S,
-        read_timeout=_READ_TIMEOUT_S,
-        retries={"mode": "standard", "total_max_attempts": 1},  # the shipper tries again by itself
-        # Buckets as host names need a wildcard in the DNS, which only AWS can be counted on to have.
-        s3={"addressing_style": "path" if endpoint else "auto"},
-    )
-    return boto3.Session().client("s3", endpoint_url=endpoint, config=config)
+        with explained(f"the store of predictions s3://{self._bucket}/{self._prefix}"):
+            self._client.put_object(Bucket=self._bucket, Key=self._prefix + path, Body=content)

@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 from urllib.parse import urlsplit
 
-from pipelines.errors import Refusal, TryLater
+from pipelines.errors import Refusal
+from pipelines.object_storage.client import connect, explained
+from pipelines.object_storage.settings import read_s3_settings
+from pipelines.object_storage.transfers import list_objects, read_object
 from pipelines.settings import Settings
 
-if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
-
 _CONCURRENT_READS = 16
-_OF_THE_REQUEST = range(400, 500)
 
 
 class Store(Protocol):
@@ -93,39 +92,26 @@ class S3Store:
     Args:
         bucket: the bucket's name.
         prefix: without slashes at its ends; may be empty.
-        endpoint_url: of the store; empty is AWS, or what AWS_ENDPOINT_URL_S3 says.
+        endpoint_url: of the store; empty is what the environment says.
 
     Raises:
-        Refusal: boto3's configuration is wrong.
+        Refusal: a setting, or boto3's configuration, is wrong.
     """
 
     def __init__(self, bucket: str, prefix: str, endpoint_url: str) -> None:
         self._bucket = bucket
         self._prefix = f"{prefix}/" if prefix else ""
         self.name = f"s3://{bucket}/{self._prefix}"
-        with self._explained():
-            import boto3
-            from botocore.config import Config
-
-            endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or endpoint_url or None
-            config = Config(
-                connect_timeout=5,
-                read_timeout=30,
-                retries={"mode": "standard", "max_attempts": 3},
-                max_pool_connections=_CONCURRENT_READS,
-                # Buckets as host names need a wildcard in the DNS, which only AWS can be counted on to have.
-                s3={"addressing_style": "path" if endpoint else "auto"},
-            )
-            self._client: S3Client = boto3.Session().client("s3", endpoint_url=endpoint, config=config)
+        self._settings = read_s3_settings(endpoint_url)
+        self._client = connect(self._settings, concurrent=_CONCURRENT_READS)
 
     def list_folder(self, path: str) -> tuple[list[str], list[str]]:
         """Names of the folders and of the files in a folder."""
         prefix = f"{self._prefix}{path}/"
         folders: list[str] = []
         files: list[str] = []
-        with self._explained():
-            pages = self._client.get_paginator("list_objects_v2")
-            for page in pages.paginate(Bucket=self._bucket, Prefix=prefix, Delimiter="/"):
+        with explained(self.name):
+            for page in list_objects(self._client, self._settings, self._bucket, prefix, Delimiter="/"):
                 folders += [
                     entry["Prefix"].removeprefix(prefix).rstrip("/") for entry in page.get("CommonPrefixes", [])
                 ]
@@ -134,32 +120,11 @@ class S3Store:
 
     def fetch(self, paths: Sequence[str], into: Path) -> list[Path]:
         """Copies of the files, many at once."""
-        with self._explained(), ThreadPoolExecutor(_CONCURRENT_READS) as pool:
+        with explained(self.name), ThreadPoolExecutor(_CONCURRENT_READS) as pool:
             return list(pool.map(partial(self._copy, into=into), paths))
 
     def _copy(self, path: str, into: Path) -> Path:
         target = into / path.replace("/", "~")
         if not target.exists():
-            target.write_bytes(self._client.get_object(Bucket=self._bucket, Key=self._prefix + path)["Body"].read())
+            target.write_bytes(read_object(self._client, self._settings, self._bucket, self._prefix + path))
         return target
-
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
-
-        try:
-            yield
-        except (NoCredentialsError, PartialCredentialsError) as error:
-            raise Refusal(
-                self.name, str(error), way_out="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or a role"
-            ) from error
-        except ClientError as error:
-            code, message = error.response["Error"].get("Code", ""), error.response["Error"].get("Message", "")
-            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-            if status in _OF_THE_REQUEST and status != 429:
-                raise Refusal(
-                    self.name, f"{code}: {message}", way_out="check PERCH_PREDICTIONS_URL and the credentials' rights"
-                ) from error
-            raise TryLater(f"{self.name} answers {code}: {message}") from error
-        except BotoCoreError as error:
-            raise TryLater(f"{self.name} cannot be reached: {error}") from error

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 from urllib.parse import urlsplit
 
 from pipelines.core.release_signing import hash_file
-from pipelines.errors import Refusal, TryLater
+from pipelines.errors import Refusal
+from pipelines.object_storage.client import connect, explained, is_missing
+from pipelines.object_storage.settings import S3Settings, read_s3_settings
+from pipelines.object_storage.transfers import DIGEST_KEY, download
 from pipelines.settings import Settings
 
-if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
-
 _S3 = "s3://"
-_DIGEST_KEY = "sha256"  # among an object's metadata
 
 
 class ArtifactStore(Protocol):
@@ -44,7 +41,7 @@ def open_store(settings: Settings) -> ArtifactStore:
     url = settings.releases_url
     if url.startswith(_S3):
         parts = urlsplit(url)
-        return _Bucket(parts.netloc, parts.path.strip("/"), settings.s3_endpoint_url)
+        return _Bucket(parts.netloc, parts.path.strip("/"), read_s3_settings(settings.s3_endpoint_url))
     if "://" in url:
         raise Refusal(
             "PERCH_RELEASES_URL",
@@ -85,87 +82,43 @@ class _Folder:
 
 
 class _Bucket:
-    def __init__(self, bucket: str, prefix: str, endpoint_url: str) -> None:
+    def __init__(self, bucket: str, prefix: str, settings: S3Settings) -> None:
         self._bucket = bucket
         self._prefix = f"{prefix}/" if prefix else ""
-        self._client = self._connect(endpoint_url)
+        self._name = f"the artifact store {_S3}{bucket}/{self._prefix}"
+        self._settings = settings
+        self._client = connect(settings)
 
     def address(self, name: str) -> str:
         return f"{_S3}{self._bucket}/{self._prefix}{name}"
 
     def put(self, name: str, file: Path) -> None:
         digest = hash_file(file)
-        if self._stored(name) == (digest, file.stat().st_size):
-            return
-        # One request: the object is there with these bytes, which the store checks, or it is not there.
-        with self._explained(), file.open("rb") as stream:
-            self._client.put_object(
-                Bucket=self._bucket,
-                Key=self._prefix + name,
-                Body=stream,
-                ChecksumSHA256=base64.b64encode(bytes.fromhex(digest)).decode(),
-                Metadata={_DIGEST_KEY: digest},
-            )
+        with explained(self._name):
+            if self._stored(name) == (digest, file.stat().st_size):
+                return
+            # One request: the object is there with these bytes, which the store checks, or it is not there.
+            with file.open("rb") as stream:
+                self._client.put_object(
+                    Bucket=self._bucket,
+                    Key=self._prefix + name,
+                    Body=stream,
+                    ChecksumSHA256=base64.b64encode(bytes.fromhex(digest)).decode(),
+                    Metadata={DIGEST_KEY: digest},
+                )
 
     def get(self, name: str, file: Path) -> bool:
-        from botocore.exceptions import ClientError
-
-        with self._explained():
-            try:
-                self._client.download_file(self._bucket, self._prefix + name, str(file))
-            except ClientError as error:
-                if error.response["Error"].get("Code") in {"404", "NoSuchKey"}:
-                    return False
-                raise
-        return True
+        with explained(self._name):
+            return download(self._client, self._settings, self._bucket, self._prefix + name, file)
 
     def _stored(self, name: str) -> tuple[str, int] | None:
         """SHA-256 and size of an object; its own checksum is not told by every store."""
         from botocore.exceptions import ClientError
 
-        with self._explained():
-            try:
-                head = self._client.head_object(Bucket=self._bucket, Key=self._prefix + name)
-            except ClientError as error:
-                if error.response["Error"].get("Code") in {"404", "NoSuchKey"}:
-                    return None
-                raise
-        return head["Metadata"].get(_DIGEST_KEY, ""), head["ContentLength"]
-
-    def _connect(self, endpoint_url: str) -> S3Client:
-        import boto3
-        from botocore.config import Config
-
-        config = Config(
-            connect_timeout=10,
-            read_timeout=60,
-            retries={"mode": "standard", "max_attempts": 4},
-            # Buckets as host names need a wildcard in the DNS, which only AWS can be counted on to have.
-            s3={"addressing_style": "path" if endpoint_url else "auto"},
-        )
-        with self._explained():
-            return boto3.Session().client("s3", endpoint_url=endpoint_url or None, config=config)
-
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        from boto3.exceptions import Boto3Error
-        from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
-
-        name = f"the artifact store {_S3}{self._bucket}/{self._prefix}"
         try:
-            yield
+            head = self._client.head_object(Bucket=self._bucket, Key=self._prefix + name)
         except ClientError as error:
-            code, message = error.response["Error"].get("Code", ""), error.response["Error"].get("Message", "")
-            if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) >= 500 or code == "SlowDown":
-                raise TryLater(f"{name} answers {code}: {message}\n  what to do: try again; nothing is lost") from error
-            raise Refusal(
-                name,
-                f"answers {code}: {message}",
-                way_out="check PERCH_RELEASES_URL, PERCH_S3_ENDPOINT_URL, and what the credentials allow",
-            ) from error
-        except (NoCredentialsError, PartialCredentialsError) as error:
-            raise Refusal(
-                name, f"needs credentials: {error}", way_out="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-            ) from error
-        except (BotoCoreError, Boto3Error) as error:
-            raise TryLater(f"{name} cannot be reached: {error}\n  what to do: try again; nothing is lost") from error
+            if is_missing(error):
+                return None
+            raise
+        return head["Metadata"].get(DIGEST_KEY, ""), head["ContentLength"]

@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from pipelines.cli.params_reference import render
+from pipelines.object_storage.settings import S3Settings
 from pipelines.params import Params
 from pipelines.settings import Settings
 from serving.settings import ServingSettings
@@ -72,6 +73,15 @@ def test_serving_settings_page__its_table__is_what_the_model_says() -> None:
     ]
     page = (DOCS / "reference/serving-settings.md").read_text()
     assert [line for line in page.splitlines() if line.startswith("| `")] == rows
+
+
+def test_storage_page__its_table__is_what_the_model_says() -> None:
+    rows = [
+        f"| `PERCH_S3_{name.upper()}` | {_shown(field.default)} | {field.description} |"
+        for name, field in S3Settings.model_fields.items()
+    ]
+    page = (DOCS / "reference/storage.md").read_text()
+    assert [line for line in page.splitlines() if line.startswith("| `PERCH_S3_")] == rows
 
 
 def _shown(default: object) -> str:

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import boto3
-from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+from botocore.exceptions import ClientError
 
 from pipelines.data.sources.fetched_files import FetchedFiles
 from pipelines.data.sources.stores import Listing, StoredFile, is_litter
-from pipelines.errors import Refusal, TryLater
-
-if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
+from pipelines.object_storage.client import connect, explained, is_missing
+from pipelines.object_storage.settings import read_s3_settings
+from pipelines.object_storage.transfers import list_objects, read_object, receive
 
 _CONCURRENT_READS = 16  # an answer takes milliseconds of waiting, not of computing
-_CHUNK_BYTES = 2**20
-_NOT_FOUND = {"NoSuchKey", "404", "NotFound"}
 
 
 class S3Store:
@@ -30,7 +23,7 @@ class S3Store:
     Args:
         bucket: the bucket's name.
         prefix: without a slash at its end; empty is the whole bucket.
-        endpoint_url: of the store; empty is AWS.
+        endpoint_url: of the store; empty is what the environment says.
     """
 
     concurrent_reads = _CONCURRENT_READS
@@ -40,16 +33,8 @@ class S3Store:
         self._prefix = f"{prefix}/" if prefix else ""
         self._name = f"s3://{bucket}/{self._prefix}"
         self.identity = f"{endpoint_url or 'aws'} {self._name}"
-        config = Config(
-            connect_timeout=10,
-            read_timeout=60,
-            retries={"mode": "standard", "max_attempts": 4},
-            max_pool_connections=_CONCURRENT_READS,
-            # Buckets as host names need a wildcard in the DNS, which only AWS can be counted on to have.
-            s3={"addressing_style": "path" if endpoint_url else "auto"},
-        )
-        with self._explained():
-            self._client: S3Client = boto3.Session().client("s3", endpoint_url=endpoint_url or None, config=config)
+        self._settings = read_s3_settings(endpoint_url)
+        self._client = connect(self._settings, concurrent=_CONCURRENT_READS)
 
     def relative(self, path: str) -> str:
         """The path without the prefix's address in front."""
@@ -63,9 +48,8 @@ class S3Store:
             TryLater: the store does not answer.
         """
         listing = Listing()
-        with self._explained():
-            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=self._prefix)
-            for page in pages:
+        with explained(f"the source {self._name}"):
+            for page in list_objects(self._client, self._settings, self._bucket, self._prefix):
                 for entry in page.get("Contents", []):
                     path = entry["Key"].removeprefix(self._prefix)
                     *folders, name = path.split("/")
@@ -91,8 +75,17 @@ class S3Store:
             OSError: it is not there any more, or may not be read.
             TryLater: the store does not answer.
         """
-        with self._explained(one_object=True):
-            return self._client.get_object(Bucket=self._bucket, Key=self._prefix + path)["Body"].read(max_bytes + 1)
+        with explained(f"the source {self._name}"):
+            try:
+                return read_object(
+                    self._client, self._settings, self._bucket, self._prefix + path, max_bytes=max_bytes + 1
+                )
+            except ClientError as error:
+                status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+                if is_missing(error) or status == HTTPStatus.FORBIDDEN:  # this one alone is at fault
+                    code, message = error.response["Error"].get("Code", ""), error.response["Error"].get("Message", "")
+                    raise OSError(f"{code}: {message}") from error
+                raise
 
     def local_copy(self, path: str, folder: Path) -> Path:
         """Fetch an object, unless this version of it (by its ETag) was fetched before.
@@ -102,36 +95,16 @@ class S3Store:
             TryLater: the store does not answer.
         """
         files, suffix = FetchedFiles(folder), Path(path).suffix.casefold()
-        with self._explained():
+        with explained(f"the source {self._name}"):
             etag = self._client.head_object(Bucket=self._bucket, Key=self._prefix + path)["ETag"]
             version = f"{self.identity} {path} {etag}"
             if kept := files.find_version(version, suffix):
                 return kept
-            body = self._client.get_object(Bucket=self._bucket, Key=self._prefix + path, IfMatch=etag)["Body"]
-            return files.keep(body.iter_chunks(_CHUNK_BYTES), suffix, version)[0]
-
-    @contextlib.contextmanager
-    def _explained(self, *, one_object: bool = False) -> Iterator[None]:
-        """Turn boto3's errors into "refused", "later", or, where only one object is at fault, `OSError`."""
-        try:
-            yield
-        except ClientError as error:
-            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-            code, message = error.response["Error"].get("Code", ""), error.response["Error"].get("Message", "")
-            if status >= HTTPStatus.INTERNAL_SERVER_ERROR or code in ("SlowDown", "RequestTimeout"):
-                raise TryLater(f"{self._name} answers {code}: {message}") from error
-            if one_object and (code in _NOT_FOUND or status == HTTPStatus.FORBIDDEN):
-                raise OSError(f"{code}: {message}") from error
-            raise Refusal(
-                f"the source {self._name}",
-                f"answers {code}: {message}",
-                way_out="check the address, PERCH_S3_ENDPOINT_URL, and what the credentials allow",
-            ) from error
-        except (NoCredentialsError, PartialCredentialsError) as error:
-            raise Refusal(
-                f"the source {self._name}",
-                f"needs credentials: {error}",
-                way_out="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
-            ) from error
-        except BotoCoreError as error:
-            raise TryLater(f"{self._name} cannot be reached: {error}") from error
+            return receive(
+                self._client,
+                self._settings,
+                lambda incoming: files.keep(incoming.chunks, suffix, version)[0],
+                Bucket=self._bucket,
+                Key=self._prefix + path,
+                IfMatch=etag,
+            )
