@@ -12,6 +12,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pipelines.core.file_hash import hash_file
 from pipelines.errors import Refusal
 
 PUBLIC_SUFFIX = ".pub"
@@ -125,12 +126,6 @@ def verify_file(file: Path, digest: str, signature: Path, public_keys: Mapping[s
             way_out=way_out,
         ) from error
     return signer[:_KEY_ID_DIGITS]
-
-
-def hash_file(file: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _verify(file: Path, signature: Path, public_key: Path) -> None:

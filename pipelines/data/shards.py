@@ -280,9 +280,3 @@ def iterate_images(shard: Path) -> Iterator[bytes]:
         for batch in file.iter_batches(batch_size=_ROW_GROUP_IMAGES, columns=["image"]):
             for image in batch.column(0):
                 yield image.as_py()
-
-
-def file_sha256(file: Path) -> str:
-    """SHA-256 of a file's bytes, hex."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

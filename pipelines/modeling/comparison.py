@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from pipelines.core.contract import InputContract
+from pipelines.core.file_hash import hash_file
 from pipelines.core.image_decoding import DecodingError, read_model_input
 from pipelines.core.statistics import BoolArray, FloatArray, IntArray
 from pipelines.errors import Refusal
@@ -89,7 +89,7 @@ def compare(
         nobody = np.zeros(0, dtype=np.int64)
         return Comparison("none", None, False, 0, 0, (), nobody, np.zeros((0, len(data.contract.labels))))
     predictor = OnnxPredictor(reference / "model.onnx")
-    sha256 = _hash_file(reference / "model.onnx")
+    sha256 = hash_file(reference / "model.onnx")
     if description["onnx_sha256"] not in (None, sha256):
         raise Refusal(
             f"the reference model {description['kind']} v{description['version']}",
@@ -113,7 +113,7 @@ def compare(
     return Comparison(
         kind=description["kind"],
         version=description["version"],
-        same_file=sha256 == _hash_file(model_file),
+        same_file=sha256 == hash_file(model_file),
         seen=int(seen.sum()),
         unknown=int((~seen & ~known).sum()),
         labels=common,
@@ -156,8 +156,3 @@ def _shape(key: str, originals: Mapping[str, bytes], contract: InputContract) ->
         return read_model_input(data, contract, max_pixels=2**62, max_bytes=len(data))
     except DecodingError as error:
         raise Refusal(f"the image {key}", f"cannot be read any more: {error}", way_out="ingest again") from error
-
-
-def _hash_file(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -12,7 +12,6 @@ So a kill leaves at worst a version that nothing points at, and the next call go
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import tempfile
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.core.contract import CONTRACT_KEY, INPUT_NAME, LOGITS_NAME, PROBABILITIES_NAME, ModelContract
+from pipelines.core.file_hash import hash_file
 from pipelines.core.gates import GateCheck, Verdict
 from pipelines.core.workspace import Workspace
 from pipelines.errors import Refusal
@@ -109,11 +109,11 @@ def collect_evidence(workspace: Workspace) -> dict[str, Any]:
     """
     verdict = _read_passed_verdict(workspace)
     accuracy = next(check for check in verdict.checks if check.name == ACCURACY_CHECK)
-    training = _read_json(workspace.model / "training.json")
-    manifest = _read_json(workspace.raw / "manifest.json")
-    validation = _read_json(workspace.validation / "validation.json")
-    run = _read_json(workspace.run_file)
-    onnx_sha256 = _hash_file(workspace.model / "model.onnx")
+    training = read_json(workspace.model / "training.json")
+    manifest = read_json(workspace.raw / "manifest.json")
+    validation = read_json(workspace.validation / "validation.json")
+    run = read_json(workspace.run_file)
+    onnx_sha256 = hash_file(workspace.model / "model.onnx")
     if onnx_sha256 != training["onnx_sha256"]:
         raise Refusal(
             f"model/model.onnx of run {run['run_id']}",
@@ -130,7 +130,7 @@ def collect_evidence(workspace: Workspace) -> dict[str, Any]:
         "data": {"sha256": manifest["data_sha256"], "md5": data_md5(workspace), "rows": manifest["rows"]},
         "model": {
             "onnx_sha256": onnx_sha256,
-            "int8_sha256": _hash_file(int8) if int8.is_file() else None,
+            "int8_sha256": hash_file(int8) if int8.is_file() else None,
             "weights_sha256": training["weights_sha256"],
         },
         "validation": {
@@ -143,7 +143,7 @@ def collect_evidence(workspace: Workspace) -> dict[str, Any]:
         # The hash that the model card shows to whoever decides.
         "evidence_sha256": _read_json(workspace.result_file("model_evaluation"))["evidence_sha256"],
         "files": {
-            str(path.relative_to(workspace.root)): _hash_file(path) for path in _evidence_files(workspace).values()
+            str(path.relative_to(workspace.root)): hash_file(path) for path in _evidence_files(workspace).values()
         },
     }
 
@@ -333,13 +333,3 @@ def _describe_version(evidence: Mapping[str, Any], card: str | None) -> str:
 def _tag(mlflow: Mlflow, model: str, version: int, tags: Mapping[str, str]) -> None:
     for key, value in tags.items():
         mlflow.client.set_model_version_tag(model, str(version), key, value)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return tree
-
-
-def _hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

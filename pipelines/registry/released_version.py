@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.core.contract import ModelContract
+from pipelines.core.file_hash import hash_file
 from pipelines.core.hash_chain import Record
-from pipelines.core.release_signing import hash_file
 from pipelines.core.release_unit import MeasuredMetric, ReleaseManifest
 from pipelines.errors import Refusal
 from pipelines.registry.connection import Mlflow, with_mlflow

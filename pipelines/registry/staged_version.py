@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
+from pipelines.core.file_hash import hash_file
 from pipelines.core.hash_chain import Record
 from pipelines.core.release_signing import hash_file
 from pipelines.errors import Refusal

@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines.core.release_signing import hash_file
+from pipelines.core.file_hash import hash_file
 from pipelines.errors import Refusal
 from pipelines.release.artifact_store import ArtifactStore
 

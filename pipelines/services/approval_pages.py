@@ -10,9 +10,9 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from pipelines.core.file_hash import hash_file
 from pipelines.core.hash_chain import Record
 from pipelines.core.moments import format_minute
-from pipelines.core.release_signing import hash_file
 from pipelines.errors import Refusal
 from pipelines.registry.ledger import Ledger
 from pipelines.registry.models import EVIDENCE_FOLDER, get_version

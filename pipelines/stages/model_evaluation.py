@@ -38,8 +38,9 @@ def run(params: Params, workspace: Workspace) -> ModelEvaluationResult:
     """
     import pyarrow.parquet as pq
 
+    from pipelines.core.file_hash import hash_file
     from pipelines.data.progress import ImageProgress
-    from pipelines.data.shards import file_sha256, read_images
+    from pipelines.data.shards import read_images
     from pipelines.modeling.card_facts import read_data_change, read_model_facts, read_suite_facts
     from pipelines.modeling.comparison import compare
     from pipelines.modeling.evaluation import evaluate, metrics_tree, predictions_table
@@ -57,7 +58,7 @@ def run(params: Params, workspace: Workspace) -> ModelEvaluationResult:
     evaluation = evaluate(OnnxPredictor(model_file), data, comparison, how, ImageProgress)
     verdict = judge(evaluation, limits)
     metrics = metrics_tree(evaluation)
-    onnx_sha256 = file_sha256(model_file)
+    onnx_sha256 = hash_file(model_file)
     evidence_sha256 = sha256_text(
         canonical_json({"metrics": metrics, "verdict": verdict.model_dump(mode="json"), "onnx_sha256": onnx_sha256})
     )

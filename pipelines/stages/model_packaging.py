@@ -98,7 +98,7 @@ def package_version(
         Refusal: the version is not what was registered, or there is no key.
         TryLater: MLflow, the ledger's database or the artifact store did not answer.
     """
-    from pipelines.core.release_signing import hash_file
+    from pipelines.core.file_hash import hash_file
     from pipelines.core.release_unit import release_name
     from pipelines.registry.released_version import fetch_version, record_packaged
     from pipelines.release.artifact_store import open_store

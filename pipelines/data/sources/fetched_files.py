@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from pipelines.core.file_hash import hash_file
 from pipelines.data.ingest_cache import temporary_file
-from pipelines.data.shards import file_sha256
 
 
 class FetchedFiles:
@@ -27,7 +27,7 @@ class FetchedFiles:
         file = self._files / (sha256 + suffix)
         if not file.is_file():
             return None
-        if file_sha256(file) != sha256:
+        if hash_file(file) != sha256:
             file.unlink(missing_ok=True)
             return None
         return file

@@ -15,9 +15,9 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from pipelines.core.file_hash import hash_file
 from pipelines.core.splitting import SPLITS
 from pipelines.data.png import encode_png
-from pipelines.data.shards import file_sha256
 from pipelines.data.sources.base import SourceItem
 from pipelines.errors import Refusal
 
@@ -54,7 +54,7 @@ class NpzSource:
 
     def __init__(self, file: Path, sha256: str | None, cache_dir: Path, *, name: str) -> None:
         self._file, self._cache_dir, self._name = file, cache_dir, name
-        self._digest = file_sha256(file)
+        self._digest = hash_file(file)
         if sha256 is not None and self._digest != sha256:
             raise Refusal(
                 f"the file {name}",

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from pipelines.batch_prediction.released_model import take_released_model
-from pipelines.core.release_signing import hash_file, sign_file
+from pipelines.core.file_hash import hash_file
+from pipelines.core.release_signing import sign_file
 from pipelines.core.release_unit import ReleaseManifest, release_name
 from pipelines.errors import Refusal
 from pipelines.release.archive import pack_folder

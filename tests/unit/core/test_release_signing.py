@@ -11,7 +11,8 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
-from pipelines.core.release_signing import find_public_keys, hash_file, key_id, sign_file, verify_file
+from pipelines.core.file_hash import hash_file
+from pipelines.core.release_signing import find_public_keys, key_id, sign_file, verify_file
 from pipelines.errors import Refusal
 
 

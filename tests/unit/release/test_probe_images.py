@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.core.release_signing import hash_file
+from pipelines.core.file_hash import hash_file
 from pipelines.errors import Refusal
 from pipelines.release.artifact_store import open_store
 from pipelines.release.probe_images import fetch_probe_images, keep_probe_images
