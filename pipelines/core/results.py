@@ -28,3 +28,14 @@ def write_json(path: Path, tree: Any) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(tree, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Raises:
+        OSError: it is not there.
+        ValueError: it is no JSON.
+    """
+    tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return tree

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from pipelines.core.results import read_json
 from pipelines.core.workspace import Workspace
 
 
@@ -54,13 +54,13 @@ class DataChange:
 
 def read_data_change(workspace: Workspace) -> DataChange:
     """Compare the manifests and the tables of images of this run and of its reference."""
-    manifest = _read_json(workspace.raw / "manifest.json")
+    manifest = read_json(workspace.raw / "manifest.json")
     images = _read_images(workspace.splits)
     counts: dict[str, int] = manifest["labels"]
     before: dict[str, Any] = {}
     new = gone = None
     if (workspace.reference / "manifest.json").is_file():
-        before = _read_json(workspace.reference / "manifest.json")
+        before = read_json(workspace.reference / "manifest.json")
         ours, theirs = set(images["sha256"]), set(_read_images(workspace.reference)["sha256"])
         new, gone = len(ours - theirs), len(theirs - ours)
     counts_before: dict[str, int] = before.get("labels", {})
@@ -111,7 +111,7 @@ class ModelFacts:
 
 def read_model_facts(model: Path, onnx_sha256: str) -> ModelFacts:
     """Read the training's record."""
-    record = _read_json(model / "training.json")
+    record = read_json(model / "training.json")
     int8 = record.get("int8") or {}
     stopped = ", stopped early" if record["stopped_early"] else ""
     return ModelFacts(
@@ -138,7 +138,7 @@ class SuiteFacts:
 
 def read_suite_facts(validation: Path) -> SuiteFacts:
     """Read what the validation found."""
-    tree = _read_json(validation / "validation.json")
+    tree = read_json(validation / "validation.json")
     return SuiteFacts(
         met=tree["met"],
         total=tree["total"],
@@ -157,8 +157,3 @@ def read_suite_facts(validation: Path) -> SuiteFacts:
 
 def _read_images(folder: Path) -> pd.DataFrame:
     return pd.read_parquet(folder / "images.parquet", columns=["sha256", "used_split", "left_out"])
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return tree

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.core.contract import CONTRACT_KEY, INPUT_NAME, LOGITS_NAME, PROBABILITIES_NAME, ModelContract
 from pipelines.core.file_hash import hash_file
 from pipelines.core.gates import GateCheck, Verdict
+from pipelines.core.results import read_json
 from pipelines.core.workspace import Workspace
 from pipelines.errors import Refusal
 from pipelines.params import Params
@@ -141,7 +142,7 @@ def collect_evidence(workspace: Workspace) -> dict[str, Any]:
         "verdict": {"passed": judged, "judged": judged, "checks": len(verdict.checks)},
         "test_accuracy": {"value": accuracy.value, "low": accuracy.low, "high": accuracy.high},
         # The hash that the model card shows to whoever decides.
-        "evidence_sha256": _read_json(workspace.result_file("model_evaluation"))["evidence_sha256"],
+        "evidence_sha256": read_json(workspace.result_file("model_evaluation"))["evidence_sha256"],
         "files": {
             str(path.relative_to(workspace.root)): hash_file(path) for path in _evidence_files(workspace).values()
         },
@@ -159,7 +160,7 @@ def _read_passed_verdict(workspace: Workspace) -> Verdict:
         return verdict
     lines = "".join(f"\n  {describe_check(check)}" for check in verdict.failed)
     raise Refusal(
-        f"the model of run {_read_json(workspace.run_file)['run_id']}",
+        f"the model of run {read_json(workspace.run_file)['run_id']}",
         f"did not pass {len(verdict.failed)} of {len(verdict.checks)} checks:{lines}\n ",
         limit="only a model that passed is registered",
         way_out="read evaluation/model_card.html; better data or training, or a changed limit in model_evaluation",

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
+from pipelines.core.results import read_json
 from pipelines.core.workspace import Workspace
 from pipelines.errors import Refusal
 from pipelines.params import Params
@@ -47,7 +48,7 @@ def ensure_run(settings: Settings, params: Params, workspace: Workspace) -> str:
     Raises:
         TryLater: MLflow did not answer.
     """
-    record = _read_json(workspace.run_file)
+    record = read_json(workspace.run_file)
 
     def ensure(mlflow: Mlflow) -> str:
         run = _find_run(mlflow, params, record["run_id"]) or _create_run(mlflow, params, record)
@@ -64,7 +65,7 @@ def find_run(settings: Settings, params: Params, workspace: Workspace) -> str:
         Refusal: MLflow does not know the run.
         TryLater: MLflow did not answer.
     """
-    run_id = _read_json(workspace.run_file)["run_id"]
+    run_id = read_json(workspace.run_file)["run_id"]
     run = with_mlflow(settings, lambda mlflow: _find_run(mlflow, params, run_id))
     if run is None:
         raise Refusal(
@@ -154,10 +155,10 @@ class _Outcome:
 def _read_outcome(workspace: Workspace, stage: str) -> _Outcome:
     # A stage that is tried again drops its old refusal first, so a refusal is always the latest word.
     if workspace.refusal_file(stage).is_file():
-        refusal = _read_json(workspace.refusal_file(stage))
+        refusal = read_json(workspace.refusal_file(stage))
         return _Outcome("refused", refusal["message"], reports=refusal.get("reports", {}))
     if workspace.result_file(stage).is_file():
-        result = _read_json(workspace.result_file(stage))
+        result = read_json(workspace.result_file(stage))
         return _Outcome("done", result["summary"], result["metrics"], result["reports"])
     return _Outcome("failed", "its process ended without a word; see its log")
 
@@ -289,7 +290,7 @@ def _record_data(mlflow: Mlflow, run: Run, workspace: Workspace) -> None:
     """Log the ingested data as an MLflow dataset, and its hashes as tags."""
     from mlflow.entities import Dataset, DatasetInput, InputTag, RunTag
 
-    manifest = _read_json(workspace.raw / "manifest.json")
+    manifest = read_json(workspace.raw / "manifest.json")
     digest = manifest["data_sha256"][:_MAX_DIGEST_LENGTH]
     name = manifest["dataset"]
     known = run.inputs.dataset_inputs if run.inputs else []
@@ -376,7 +377,7 @@ def _record_tuned(mlflow: Mlflow, run: Run, params: Params, workspace: Workspace
 
     if params.model_training.trials == 0:
         return
-    tuned = flatten(_read_json(workspace.model / "training.json")["hyperparameters"], "tuned.")
+    tuned = flatten(read_json(workspace.model / "training.json")["hyperparameters"], "tuned.")
     missing = [Param(key, value) for key, value in tuned.items() if key not in run.data.params]
     for batch in _batches(missing, _BATCH):
         mlflow.client.log_batch(run.info.run_id, params=batch)
@@ -393,8 +394,3 @@ def _set_status(mlflow: Mlflow, run_id: str, stage: str, state: State) -> None:
 
 def _batches(items: list[Any], size: int) -> Iterable[list[Any]]:
     return (items[start : start + size] for start in range(0, len(items), size))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return tree

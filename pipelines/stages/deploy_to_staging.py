@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from pipelines.core.locking import hold
-from pipelines.core.results import StageResult, write_json
+from pipelines.core.results import StageResult, read_json, write_json
 from pipelines.core.workspace import Workspace
 from pipelines.errors import Refusal
 from pipelines.params import Params
@@ -58,7 +57,7 @@ def run(params: Params, workspace: Workspace) -> DeployToStagingResult:
     from pipelines.settings import get_settings
 
     settings = get_settings()
-    packaging = _read_json(workspace.result_file("model_packaging"))
+    packaging = read_json(workspace.result_file("model_packaging"))
     version, digest = packaging["version"], packaging["release_sha256"]
     release = ReleaseRef(params.model_name, version, digest, open_store(settings).address(release_name(digest)))
     expected = _expect(params, workspace, version, digest)
@@ -127,9 +126,9 @@ def _expect(params: Params, workspace: Workspace, version: str, digest: str) -> 
             "version": version,
             "labels": list(contract.labels),
             "input": contract.input.model_dump(mode="json"),
-            "run_id": _read_json(workspace.run_file)["run_id"],
-            "data_sha256": _read_json(workspace.raw / "manifest.json")["data_sha256"],
-            "onnx_sha256": _read_json(workspace.model / "training.json")["onnx_sha256"],
+            "run_id": read_json(workspace.run_file)["run_id"],
+            "data_sha256": read_json(workspace.raw / "manifest.json")["data_sha256"],
+            "onnx_sha256": read_json(workspace.model / "training.json")["onnx_sha256"],
         },
         labels=contract.labels,
         digest=digest,
@@ -227,8 +226,3 @@ def _is_up(target: LocalTarget) -> bool:
     except TryLater:
         return False
     return True
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return tree
