@@ -10,7 +10,6 @@ from typing import Any, TypedDict
 
 from pipelines.core.file_hash import hash_file
 from pipelines.core.hash_chain import Record
-from pipelines.core.release_signing import hash_file
 from pipelines.errors import Refusal
 from pipelines.registry.candidate import move_candidate
 from pipelines.registry.connection import Mlflow, with_mlflow
@@ -156,6 +155,20 @@ def staged_digest(settings: Settings, model: str, version: str) -> str:
         limit="its smoke tests, all of them",
         way_out="`perch deploy_to_staging --run RUN` asks them; `perch models` names the run",
     )
+
+
+def last_staged_version(settings: Settings, model: str) -> int:
+    """The highest version whose release passed when it was last in staging.
+
+    Raises:
+        Refusal: there is none.
+        TryLater: the ledger's database did not answer.
+    """
+    outcomes = {int(record.version): record.event for record in _entries(settings, model) if record.event in _OUTCOMES}
+    staged = [version for version, outcome in outcomes.items() if outcome == "staged"]
+    if not staged:
+        raise Refusal(f"the model {model}", "has no version that passed in staging", way_out="`perch run` makes one")
+    return max(staged)
 
 
 def staged_probes(settings: Settings, model: str, version: str, release_sha256: str) -> str:

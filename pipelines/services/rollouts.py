@@ -21,7 +21,7 @@ from pipelines.params import ModelReleaseParams, check_params, load_params, over
 from pipelines.registry.aliases import RegistryAliases
 from pipelines.registry.ledger import Ledger
 from pipelines.registry.rollout_table import RolloutTable
-from pipelines.registry.staged_version import read_evidence, staged_digest, staged_probes
+from pipelines.registry.staged_version import last_staged_version, read_evidence, staged_digest, staged_probes
 from pipelines.release.approvals import ApprovalRequest, Response, evidence_hash
 from pipelines.release.artifact_store import open_store
 from pipelines.release.engine import ReleaseEngine, ReleaseRequest
@@ -125,7 +125,7 @@ def begin_release(
     if overrides:
         params = check_params(override(params.model_dump(mode="json"), overrides), own=overrides)
     model = model or params.model_name
-    version = version or _last_staged(settings, model)
+    version = version or last_staged_version(settings, model)
     digest = staged_digest(settings, model, str(version))
     release = ReleaseRef(model, str(version), digest, open_store(settings).address(release_name(digest)))
     engine, target = open_engine(settings), open_target(settings)
@@ -287,16 +287,6 @@ def _require_probe_images(settings: Settings, release: ReleaseRef) -> None:
 def _run_of(settings: Settings, model: str, version: str) -> str:
     rows = [row for row in _entries(settings, model) if row.event == "registered" and row.version == version]
     return str(json.loads(rows[-1].evidence).get("run_id", "")) if rows else ""
-
-
-def _last_staged(settings: Settings, model: str) -> int:
-    outcomes = {
-        int(row.version): row.event for row in _entries(settings, model) if row.event in ("staged", "staging_failed")
-    }
-    staged = [version for version, event in outcomes.items() if event == "staged"]
-    if not staged:
-        raise Refusal(f"the model {model}", "has no version that passed in staging", way_out="`perch run` makes one")
-    return max(staged)
 
 
 def _entries(settings: Settings, model: str) -> list[Record]:
