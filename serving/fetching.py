@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pipelines.core.release_signing import hash_file
+from pipelines.core.file_hash import hash_file
 from pipelines.core.release_unit import RELEASE_SUFFIX, SIGNATURE_SUFFIX, digest_in_name, release_name
 from pipelines.errors import Refusal, TryLater
 from pipelines.object_storage.client import connect, explained

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
 
-from pipelines.core.release_signing import hash_file
+from pipelines.core.file_hash import hash_file
 from pipelines.errors import Refusal
 from pipelines.object_storage.client import connect, explained, is_missing
 from pipelines.object_storage.settings import S3Settings, read_s3_settings

@@ -20,7 +20,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from pipelines.core.release_signing import hash_file
+from pipelines.core.file_hash import hash_file
 from pipelines.core.release_unit import MANIFEST_FILE, MODEL_FILE, RELEASE_FOLDER, ReleaseManifest, release_name
 from pipelines.errors import Refusal
 from pipelines.release.artifact_store import open_store
