@@ -48,7 +48,7 @@ class Parts:
 
         Raises:
             TryLater: another process is at it, or the disk became full.
-            Refusal: the output or its parts folder is there and holds something else.
+            Refusal: the output is named like another format, or it or its parts folder holds something else.
         """
         self._refuse_what_is_not_ours()
         lock = self._folder / "lock"
@@ -133,6 +133,14 @@ class Parts:
         return tree if isinstance(tree, dict) else {}
 
     def _refuse_what_is_not_ours(self) -> None:
+        if self._out.suffix.casefold() not in ("", ".parquet"):
+            raise Refusal(
+                f"--out {self._out}",
+                "would be a Parquet file under another name",
+                limit="a name that ends in .parquet",
+                way_out=f"--out {self._out.with_suffix('.parquet')}; for a CSV file, give that to pandas: "
+                "pandas.read_parquet(…).to_csv(…)",
+            )
         way_out = "name another file with --out, or move that one away"
         if not self._out.parent.is_dir():
             raise Refusal("the folder of --out", f"there is no {self._out.parent}", way_out="make it first")

@@ -69,7 +69,9 @@ def list_predictions(
     sql: Annotated[
         str, typer.Option("--sql", help="Answer this query over the tables predictions and feedback instead.")
     ] = "",
-    format_: Annotated[Format, typer.Option("--format", help="How to write the answer.")] = Format.TABLE,
+    format_: Annotated[
+        Format | None, typer.Option("--format", help="How to write the answer; by the name of --out, else a table.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write into this file; Parquet needs it.")] = None,
 ) -> None:
     """List the newest kept predictions, count them, hold them against feedback, or answer a query."""
@@ -84,6 +86,7 @@ def list_predictions(
         raise Refusal("--count, --accuracy and --sql", "given together", limit="one of them")
     if sql and (label or caller or max_confidence is not None):
         raise Refusal("--label, --caller and --max-confidence", "do not go with --sql", way_out="write them as `where`")
+    format_ = format_ or _format_of(out)
     if format_ is Format.PARQUET and out is None:
         raise Refusal("--format parquet", "needs a file", way_out="name one with --out")
     now = datetime.now(UTC).replace(tzinfo=None)
@@ -137,6 +140,12 @@ def _answer(
     if sql:
         return predictions.ask(sql, wanted.selection)
     return predictions.latest(wanted, last)
+
+
+def _format_of(out: Path | None) -> Format:
+    """What a file's name promises; a table where it promises nothing."""
+    suffix = out.suffix.removeprefix(".").casefold() if out else ""
+    return Format(suffix) if suffix in set(Format) else Format.TABLE
 
 
 def _trace(settings: Settings, prediction_id: str) -> Provenance:

@@ -261,6 +261,15 @@ def test_predict__output_that_is_something_else__is_refused_and_untouched(
         predict(folder, tmp_path / "nowhere" / "predictions.parquet")
 
 
+@pytest.mark.parametrize("name", ["predictions.csv", "predictions.json"])
+def test_predict__output_named_like_another_format__is_refused_with_a_name_that_fits(
+    predict: Predict, make_folder: MakeFolder, tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(Refusal, match=r"what to do: --out \S+/predictions\.parquet; for a CSV file"):
+        predict(make_folder(10), tmp_path / name)
+    assert not list(tmp_path.glob("predictions*"))
+
+
 def test_predict__given_again_after_the_end__writes_the_same_bytes_over_it(
     predict: Predict, make_folder: MakeFolder, tmp_path: Path
 ) -> None:

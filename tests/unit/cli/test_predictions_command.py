@@ -103,6 +103,21 @@ def test_predictions__as_csv_json_and_parquet__have_the_same_rows(registry_setti
     assert dict(table["probabilities"][0].as_py()) == read[0]["probabilities"]
 
 
+@pytest.mark.parametrize(("name", "beginning"), [("p.csv", b"prediction_id,"), ("p.JSON", b"["), ("p.txt", b"id   ")])
+def test_predictions__only_a_file_is_named__is_written_as_its_name_says(
+    registry_settings: Settings, tmp_path: Path, name: str, beginning: bytes
+) -> None:
+    keep(registry_settings, 5)
+    assert run("predictions", "--out", str(tmp_path / name)) == (0, "")
+    assert (tmp_path / name).read_bytes().startswith(beginning)
+
+
+def test_predictions__a_parquet_file_is_named__is_one(registry_settings: Settings, tmp_path: Path) -> None:
+    keep(registry_settings, 5)
+    run("predictions", "--out", str(tmp_path / "p.parquet"))
+    assert parquet.read_table(tmp_path / "p.parquet").num_rows == 5
+
+
 def test_predictions__counted_and_asked__answer(registry_settings: Settings) -> None:
     keep(registry_settings, 5)
     assert "square  3" in run("predictions", "--count", "label")[1]
