@@ -53,7 +53,7 @@ def roll_back(
         only: act only while this rollout is the one to take back; for callers that judged a certain one.
 
     Raises:
-        Refusal: there is nothing that the traffic could go back to.
+        Refusal: there is nothing that the traffic could go back to, or nothing of this name was ever released.
         TryLater: the target does not answer, so the traffic has not moved.
     """
     began = time.monotonic()
@@ -61,15 +61,16 @@ def roll_back(
         row = _find(world, model, version)
     except TryLater:
         return _without_the_database(world, model, began)
-    if row is None:
-        return _nothing(f"{model}: nothing was ever released, so there is nothing to take back")
-    if only is not None and row.rollout_id != only:
+    if only is not None and (row is None or row.rollout_id != only):
         return _nothing(f"{model}: {only} is over")
+    if row is None:
+        raise _never_released(world, model)
     state = from_document(row.document)
     if state.step == ROLLED_BACK and state.settled:
         return _nothing(
-            f"{model} v{state.release.version} was rolled back already: {state.reason}; to take back the champion "
-            f"as well, name it: `perch rollback {model} --version N`"
+            f"{model} v{state.release.version} was rolled back already: {state.reason}\n"
+            f"  nothing was done, and the reason given now ({reason}) is not recorded; to take back the champion as "
+            f"well, name it: `perch rollback {model} --version N`"
         )
     moved = move_traffic_back(world, state)
     traffic_s = time.monotonic() - began
@@ -228,6 +229,16 @@ def _find(world: World, model: str, version: str | None) -> RolloutRow | None:
             way_out=f"take that back: `perch rollback {model} --version {later[-1].release.version}`",
         )
     return own[-1]
+
+
+def _never_released(world: World, model: str) -> Refusal:
+    known = sorted({row.model for row in world.glance.list_rollouts()})
+    return Refusal(
+        f"the model {model}",
+        "was never released, so there is nothing to take back",
+        limit=f"one of {', '.join(known)}" if known else "no model was released yet",
+        way_out="name one of them" if known else "`perch releases begin` releases one",
+    )
 
 
 def _without_the_database(world: World, model: str, began: float) -> RollbackOutcome:

@@ -159,15 +159,15 @@ def test_releases__nothing_was_released__says_how_to_begin(empty_home: Path) -> 
     assert list(empty_home.iterdir()) == []
 
 
-def test_rollback__nothing_was_released__does_nothing(empty_home: Path) -> None:
+@pytest.mark.parametrize("policy", ["", "missing.yaml"], ids=["no policy", "a policy that is not there"])
+def test_rollback__nothing_was_released__is_refused_for_just_that(
+    empty_home: Path, monkeypatch: pytest.MonkeyPatch, policy: str
+) -> None:
+    if policy:
+        monkeypatch.setenv("PERCH_PROMOTION_POLICY", str(empty_home / policy))
     result = CliRunner().invoke(app, ["rollback"])
-    assert result.exit_code == 0
-    assert "nothing was ever released" in result.output
-
-
-def test_rollback__policy_is_broken__is_not_held_up(empty_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PERCH_PROMOTION_POLICY", str(empty_home / "missing.yaml"))
-    assert CliRunner().invoke(app, ["rollback"]).exit_code == 0
+    assert isinstance(result.exception, Refusal)
+    assert "was never released, so there is nothing to take back" in str(result.exception)
 
 
 def test_advance__no_such_release__is_refused(empty_home: Path) -> None:

@@ -479,6 +479,7 @@ def test_roll_back__promoted_release__goes_back_to_the_warm_one(world: Simulatio
     again = roll_back(world.world(), MODEL, reason="nervous", by="on-call")
     assert again.traffic_s is None
     assert "was rolled back already: wrong on 8" in again.text
+    assert "the reason given now (nervous) is not recorded" in again.text
     world.check_back_on(1)
 
 
@@ -494,6 +495,15 @@ def test_roll_back__previous_is_no_longer_warm__starts_it_first(world: Simulatio
     outcome = roll_back(world.world(), MODEL, reason="wrong on 8", by="on-call", version="2")
     assert outcome.is_recorded
     world.check_back_on(1)
+
+
+def test_roll_back__model_that_was_never_released__names_those_that_were(world: Simulation) -> None:
+    rollout = world.begin()
+    world.answer()
+    advance_to(world, rollout.rollout_id, CANARY_10)
+    with pytest.raises(Refusal, match=f"was never released.*limit: one of {MODEL}"):
+        roll_back(world.world(), "xray-clasification", reason="x", by="on-call")
+    assert world.target.state().routing.canary_percent == 10
 
 
 def test_roll_back__first_release__is_refused_with_the_way_out(folders: Callable[[], Path]) -> None:
