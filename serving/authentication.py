@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ALL_SCOPES", "ANYBODY", "Authenticator", "Caller", "require"]
 
+_TOKEN_DOTS = 2  # between a token's three parts (RFC 7515, section 3.1); a key has none
 _NO_DIGEST = bytes(32)  # what an unknown id is compared with, so that it takes as long as a known one
 
 
@@ -99,8 +100,11 @@ class Authenticator:
             credential = credential.strip()
             if scheme.lower() != "bearer" or not credential:
                 raise Problem(UNAUTHORIZED, self._how_to(), headers={"WWW-Authenticate": CHALLENGE})
-            if self._tokens is not None and not credential.startswith(PREFIX):
-                return self._tokens.verify(credential)
+            if not credential.startswith(PREFIX):
+                if self._tokens is not None:
+                    return self._tokens.verify(credential)
+                if credential.count(".") == _TOKEN_DOTS:
+                    raise unauthorized(f"No tokens are taken here, for this service knows no issuer. {self._how_to()}")
         return self._caller_of_key(credential)
 
     def _caller_of_key(self, key: str) -> Caller:

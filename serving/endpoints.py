@@ -6,11 +6,11 @@ import hashlib
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any
+from typing import Any
 from urllib.parse import quote
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.responses import Response
 
 from pipelines.core.prediction_ids import new_prediction_id, time_of
@@ -40,7 +40,7 @@ class Feedback(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    prediction_id: Annotated[str, Field(pattern="^[0-9A-HJKMNP-TV-Z]{26}$")]
+    prediction_id: str
     true_label: str
 
 
@@ -173,8 +173,8 @@ class Endpoints:
             )
         try:
             predicted_at = time_of(given.prediction_id)
-        except ValueError:
-            raise Problem(INVALID_FIELD, "`prediction_id` is not an id that an answer carried.") from None
+        except ValueError as error:
+            raise Problem(INVALID_FIELD, f"`prediction_id` is not an id that an answer carried: {error}.") from None
         if predicted_at > datetime.now(UTC) + _CLOCK_SKEW:
             raise Problem(INVALID_FIELD, "`prediction_id` lies in the future; send the id that an answer carried.")
         assert exchange.caller is not None  # noqa: S101 - the endpoint has a scope

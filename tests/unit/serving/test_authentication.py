@@ -68,6 +68,12 @@ def test_authenticate__wrong_credentials__are_refused_and_not_echoed(file: Path)
     _refused(authenticator, {"X-API-Key": ""})
 
 
+def test_authenticate__a_token_where_no_issuer_is_known__says_so_and_not_that_the_key_is_wrong(file: Path) -> None:
+    _add(file)
+    problem = _refused(_authenticator(file), {"Authorization": "Bearer eyJh.eyJz.c2ln"})
+    assert problem.detail == "No tokens are taken here, for this service knows no issuer. Send an API key as X-API-Key."
+
+
 def test_authenticate__an_unknown_id__is_compared_as_a_known_one_is(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -249,6 +249,13 @@ def test_feedback__that_makes_no_sense__is_refused(client: TestClient, body: byt
     assert_problem(client.post("/v1/feedback", content=body), status, slug)
 
 
+def test_feedback__id_that_is_none__is_told_what_an_id_looks_like(client: TestClient) -> None:
+    problem = client.post("/v1/feedback", json={"prediction_id": "x", "true_label": "square"}).json()
+    assert problem["detail"] == (
+        "`prediction_id` is not an id that an answer carried: a prediction id has 26 characters, not 1."
+    )
+
+
 def test_model__tells_the_whole_manifest(client: TestClient) -> None:
     body = client.get("/v1/model").json()
     assert (body["model"], body["version"], body["labels"]) == ("shapes-classification", "7", ["circle", "square"])
