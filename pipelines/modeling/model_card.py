@@ -133,6 +133,7 @@ def _environment() -> jinja2.Environment:
         "points": format_points,
         "difference": format_difference,
         "check": format_check,
+        "outcome": describe_outcome,
         "bytes": _format_bytes,
         "md": escape_markdown,
         "sentence": _begin_sentence,
@@ -187,6 +188,17 @@ def format_check(check: GateCheck) -> str:
     if interval is None:
         return f"{check.value:.2g}"
     return format_interval(interval)
+
+
+def describe_outcome(check: GateCheck) -> str:
+    """A check's outcome, so that an interval that reaches over its limit does not look like a failure."""
+    if not check.judged:
+        return "not judged"
+    if not check.passed:
+        return "failed"
+    low, high, limit = check.low, check.high, check.limit
+    reaches_over = low is not None and high is not None and limit is not None and low < limit < high
+    return "passed, within chance" if reaches_over else "passed"
 
 
 def escape_markdown(text: object) -> str:

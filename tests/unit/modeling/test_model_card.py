@@ -1,4 +1,5 @@
 import io
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from pipelines.core.gates import GateCheck
 from pipelines.core.statistics import Interval
 from pipelines.modeling.figures import draw_confusion, draw_reliability, enlarge
 from pipelines.modeling.model_card import (
+    describe_outcome,
     escape_markdown,
     format_check,
     format_difference,
@@ -49,6 +51,22 @@ def test_format_check__drop_share_and_nothing__are_told_apart() -> None:
     assert format_check(GateCheck(name="drop", passed=True, limit=-0.1, **numbers)).startswith("\u22125.0 points")
     assert format_check(GateCheck(name="share", passed=True, limit=0.9, value=0.95)) == "0.95"
     assert format_check(GateCheck(name="none", passed=True)) == "\u2013"
+
+
+@pytest.mark.parametrize(
+    ("check", "outcome"),
+    [
+        ({"passed": True, "value": 0.0, "low": -0.11, "high": 0.11, "limit": -0.1}, "passed, within chance"),
+        ({"passed": True, "value": 0.0, "low": -0.05, "high": 0.05, "limit": -0.1}, "passed"),
+        ({"passed": False, "value": -0.2, "low": -0.3, "high": -0.11, "limit": -0.1}, "failed"),
+        ({"passed": True, "judged": False, "low": -0.5, "high": 0.5, "limit": -0.1}, "not judged"),
+        ({"passed": True, "value": 1e-8, "limit": 0.001}, "passed"),
+    ],
+)
+def test_describe_outcome__any_check__says_when_an_interval_may_reach_over_its_limit(
+    check: dict[str, Any], outcome: str
+) -> None:
+    assert describe_outcome(GateCheck(name="class 0 recall drop", **check)) == outcome
 
 
 @given(st.text(max_size=40))
