@@ -173,7 +173,8 @@ def _trace(settings: Settings, prediction_id: str) -> Provenance:
             if timedelta(0) <= datetime.now(UTC) - made < timedelta(seconds=_SHIPPING_S):
                 raise TryLater(
                     f"prediction {prediction_id} is not in {store.name} yet; the service ships what it keeps every "
-                    "PERCH_SERVING_FLUSH_INTERVAL_S seconds (60 by default)"
+                    "PERCH_SERVING_FLUSH_INTERVAL_S seconds (10 on one machine, 60 where nobody says otherwise)\n"
+                    "  what to do: ask again after that"
                 )
             raise Refusal(
                 f"prediction {prediction_id}",
