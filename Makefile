@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo demo-faults up down status check format test test-unit test-slow images test-images lock bench bench-serving bench-serving-large soak bench-pneumonia clean
+.PHONY: help env demo demo-faults up down status check format test test-unit test-slow cluster-test images test-images lock bench bench-serving bench-serving-large soak bench-pneumonia clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 26
@@ -43,6 +43,8 @@ test-unit: env ## The fast tests
 	$(BIN)/pytest -m "not slow and not services"
 test-slow: env ## The long ones
 	$(BIN)/pytest -m slow
+cluster-test: env ## Releases on a real Kubernetes that is started for it (root; skipped where it cannot be)
+	@bash scripts/cluster-test.sh $(BIN)/python
 
 bench: env ## Ingestion, one training epoch, the DAG, and a million predictions, each against its baseline
 	$(BIN)/python benchmarks/ingest.py

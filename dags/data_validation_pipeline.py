@@ -5,7 +5,7 @@ from __future__ import annotations
 from airflow.sdk import DAG
 
 from dags.dag_support.default_args import default_args
-from dags.dag_support.stage_tasks import StageOperator
+from dags.dag_support.stage_tasks import stage_task
 
 with DAG(
     dag_id="data_validation_pipeline",
@@ -18,6 +18,6 @@ with DAG(
     tags=["perch"],
 ) as dag:
     # Its runs have ids of the same form as the training's, and must not share their workspaces.
-    StageOperator(stage="data_ingestion", run_prefix="validation__") >> StageOperator(
+    stage_task(stage="data_ingestion", run_prefix="validation__") >> stage_task(
         stage="data_validation", run_prefix="validation__"
     )

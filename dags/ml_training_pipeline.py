@@ -8,7 +8,8 @@ from dags.dag_support.candidates import candidate_asset
 from dags.dag_support.default_args import default_args
 from dags.dag_support.form import form_params
 from dags.dag_support.project import PROJECT_DIR
-from dags.dag_support.stage_tasks import StageOperator
+from dags.dag_support.stage_tasks import stage_task
+from dags.dag_support.trials import add_trials
 from pipelines.core.stage_graph import read_stage_graph
 from pipelines.params import load_params
 
@@ -25,19 +26,20 @@ with DAG(
     tags=["perch"],
 ) as dag:
     stages = read_stage_graph(PROJECT_DIR / "dvc.yaml")
-    tasks = {stage.name: StageOperator(stage=stage.name, doc_md=stage.description) for stage in stages}
+    tasks = {stage.name: stage_task(stage=stage.name, doc_md=stage.description) for stage in stages}
     for stage in stages:
         for upstream in stage.upstream:
             tasks[upstream] >> tasks[stage.name]
+    add_trials(stages, tasks)
     last = [tasks[stage.name] for stage in stages if not any(stage.name in other.upstream for other in stages)]
     chain(
         last,
-        StageOperator(stage="model_registration", doc_md="Register the model, if it passed the gate."),
-        StageOperator(stage="model_packaging", doc_md="Make one signed file of the model and its service."),
-        StageOperator(
+        stage_task(stage="model_registration", doc_md="Register the model, if it passed the gate."),
+        stage_task(stage="model_packaging", doc_md="Make one signed file of the model and its service."),
+        stage_task(
             stage="deploy_to_staging",
             doc_md="Start the release, ask it twelve smoke tests, and call for an approval.",
             outlets=[candidate_asset()],
         ),
-        StageOperator(stage="notify_team", doc_md="Tell the team what was registered and where its card is."),
+        stage_task(stage="notify_team", doc_md="Tell the team what was registered and where its card is."),
     )

@@ -57,6 +57,33 @@ class Settings(BaseSettings):
     )
     workers: int = Field(0, ge=0, description="Threads that decode images; 0 takes one per core.")
     s3_endpoint_url: str = Field("", description="Endpoint of an S3-compatible store; empty is AWS.")
+    runs_url: str = Field(
+        "",
+        description="s3://bucket/prefix that runs go through, so that each step can run on another machine; empty "
+        "keeps them in the home.",
+    )
+    tuning_url: str = Field(
+        "",
+        description="SQLAlchemy URL of a database of its own for tuning trials that run side by side; empty: none do.",
+    )
+    runner: str = Field(
+        "local", pattern="^(local|kubernetes)$", description="Where Airflow runs steps: in processes here, or in pods."
+    )
+    pipeline_image: str = Field("", description="Image of the steps' pods, by a tag or digest that does not move.")
+    pod_config_maps: str = Field(
+        "", description="ConfigMaps whose keys are variables of the steps' pods, separated by spaces."
+    )
+    pod_secrets: str = Field(
+        "", description="Secrets whose keys are variables of the steps' pods, separated by spaces."
+    )
+    pod_signing_secret: str = Field(
+        "", description="Secret with release.pem and release.pub, for the pods that sign and try releases."
+    )
+    pod_pull_secrets: str = Field("", description="Secrets that the image is pulled with, separated by spaces.")
+    pod_service_account: str = Field(
+        "", description="Service account of the steps' pods, which get no token of it; empty is the namespace's own."
+    )
+    pod_name: str = Field("", description="Name of this pod, where a step runs in one; its outcome says by which.")
     releases_url: str = Field(
         "", description="Folder or s3://bucket/prefix that keeps releases; empty is a folder in the home."
     )
@@ -66,6 +93,17 @@ class Settings(BaseSettings):
     signing_key: Folder | None = Field(
         None, description="Private key that signs releases; by default the one that `perch keys init` makes."
     )
+    target: str = Field(
+        "local", pattern="^(local|kubernetes)$", description="Where releases run: on this machine, or on a cluster."
+    )
+    kubernetes_namespace: str = Field(
+        "", description="Namespace of the chart's installation; empty takes the pod's own, else the kubeconfig's."
+    )
+    kubernetes_release: str = Field("perch", description="Helm's name of that installation.")
+    clients_url: str = Field(
+        "", description="Where clients of the cluster send requests; empty takes the route's first host name."
+    )
+    prometheus_url: str = Field("", description="Prometheus that looks at the cluster's services; empty has no data.")
 
     @property
     def runs_dir(self) -> Path:

@@ -15,6 +15,10 @@ FORM_FIELDS = {
     "epochs": ("model_training.epochs", "Passes over the training images at most; early stopping may end sooner."),
     "learning_rate": ("model_training.learning_rate", "The schedule's peak."),
     "trials": ("model_training.trials", "Optuna trials before the final training; 0 trains with the values above."),
+    "parallel_trials": (
+        "model_training.parallel_trials",
+        "Tasks that share the trials, where a database is named for them; 1 leaves them to the training.",
+    ),
     "source": (
         "data_ingestion.source",
         "digits, a folder with one sub-folder per class, a .csv/.parquet table, an .npz, or an s3:// address.",

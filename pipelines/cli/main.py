@@ -18,6 +18,7 @@ from pipelines.cli import (
     ledger,
     models,
     params,
+    pods,
     predict,
     predictions,
     releases,
@@ -25,6 +26,7 @@ from pipelines.cli import (
     runs,
     services,
     stages,
+    trials,
 )
 from pipelines.cli.printing import print_error
 from pipelines.errors import PerchError
@@ -64,6 +66,7 @@ app.command("rollback", rich_help_panel="Run")(rollouts.rollback)
 app.command("approve", rich_help_panel="Run")(approvals.approve)
 app.command("reject", rich_help_panel="Run")(approvals.reject)
 app.command("predict", rich_help_panel="Run")(predict.predict)
+app.add_typer(trials.app, name="trials", rich_help_panel="Run")
 app.command("params", rich_help_panel="Look and check")(params.show)
 app.add_typer(models.app, name="models", rich_help_panel="Look and check")
 app.add_typer(ledger.app, name="ledger", rich_help_panel="Look and check")
@@ -73,6 +76,7 @@ app.command("watchdog", rich_help_panel="Services on this machine")(rollouts.wat
 app.command("why", rich_help_panel="Look and check")(predictions.why)
 app.add_typer(expectations.app, name="expectations", rich_help_panel="Look and check")
 app.add_typer(api_keys.app, name="api-keys", rich_help_panel="Look and check")
+app.add_typer(pods.app, name="pods", rich_help_panel="Services on this machine")
 app.add_typer(db.app, name="db", rich_help_panel="Services on this machine")
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from pipelines.core.own_command import make_runnable
 from pipelines.errors import PerchError, Refusal
 
 
 def print_error(error: PerchError) -> None:
-    """Print an error as it is, without a traceback, to the standard error stream."""
+    """Print an error without a traceback to the standard error stream, with its hints as this shell can run them."""
     console = Console(stderr=True, highlight=False)
     verb = "refused:" if isinstance(error, Refusal) else "failed:"
     console.print(f"{error.stage} {verb}".lstrip(), style="bold red", end=" ")
-    console.print(str(error), markup=False, soft_wrap=True)
+    console.print(make_runnable(str(error)), markup=False, soft_wrap=True)

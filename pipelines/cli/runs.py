@@ -41,6 +41,31 @@ def prune(
     typer.echo(f"removed {len(removed)} workspaces" + (f": {', '.join(removed)}" if removed else ""))
 
 
+@runs_app.command("outcome")
+def outcome(
+    run_id: Annotated[str, typer.Argument(help="The run.", metavar="RUN")],
+    stage: Annotated[str, typer.Argument(help="One of its steps.", metavar="STEP")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON in the last line.")] = False,
+) -> None:
+    """Say how a step of a run ended that goes through `PERCH_RUNS_URL`, with the step's own exit code."""
+    import json
+
+    from pipelines.cli.printing import print_error
+    from pipelines.runs.sharing import read_outcome
+    from pipelines.settings import get_settings
+
+    found = read_outcome(get_settings(), run_id, stage)
+    if found.error is not None:
+        print_error(found.error)
+    else:
+        typer.echo(f"  {stage:<20}  {found.result['summary']}")
+    if as_json:
+        links = found.error.links if found.error is not None else found.result["links"]
+        typer.echo(json.dumps({**found.result, "links": links, "by": found.by}))
+    if found.error is not None:
+        raise typer.Exit(found.error.exit_code)
+
+
 def quarantine(
     run_id: Annotated[
         str | None, typer.Argument(help="The run; by default the newest that has ingested.", metavar="RUN")

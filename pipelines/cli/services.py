@@ -58,6 +58,7 @@ def status() -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from pipelines.core.own_command import make_runnable
     from pipelines.services.stack import Stack
     from pipelines.settings import get_settings
 
@@ -65,7 +66,7 @@ def status() -> None:
     states = stack.status()
     console = Console()
     if not states:
-        console.print("nothing is up; `perch up` starts everything")
+        console.print(make_runnable("nothing is up; `perch up` starts everything"))
         raise typer.Exit(1)
     table = Table("program", "state", box=None)
     for program, state in states.items():

@@ -1,12 +1,11 @@
-"""What a JPEG's markers say of its size and of the work of decoding it, without decoding anything.
+"""How often a JPEG makes its decoder go over the image, from its markers alone.
 
-Markers are those of ITU-T T.81, table B.1.
+Markers are those of ITU-T T.81, table B.1; their segments are laid out in its annex B.2.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 MAX_MARKERS = 10_000  # cameras write dozens; each costs a decoder in Python microseconds and memory
 
@@ -22,55 +21,34 @@ class MalformedJpegError(Exception):
     """The markers follow each other in no way that a JPEG's may."""
 
 
-@dataclass(frozen=True, slots=True)
-class JpegMarkers:
-    """What was found.
-
-    Attributes:
-        scans: passes over the coefficients.
-        width_px: of the frame; 0 where there is none.
-        height_px: of the frame.
-        sequential: whether it is Huffman-coded and not progressive: decoded in one pass if it has one scan.
-    """
-
-    scans: int
-    width_px: int
-    height_px: int
-    sequential: bool
-
-
-def read_jpeg_markers(data: bytes, *, max_scans: int) -> JpegMarkers:
-    """Walk from marker to marker, to the end of the image, of the bytes, or of what is allowed.
+def count_scans(data: bytes, *, limit: int) -> int:
+    """Count the passes over the coefficients, walking from marker to marker as far as a decoder would.
 
     Args:
         data: that starts with FF D8.
-        max_scans: after one more, the rest is not looked at.
+        limit: after one more, the rest is not looked at.
 
     Raises:
         MalformedJpegError: there are more than `MAX_MARKERS`.
     """
-    scans = width = height = 0
-    sequential = False
+    scans = 0
+    one_scan_of = b""  # so many components make the image whole: the decoder stops there, and most JPEGs are such
     position = 2
     for _ in range(MAX_MARKERS):
         found = _NEXT_MARKER.search(data, position)
         if found is None:
-            break
+            return scans
         position = found.end()
         marker = data[position - 1]
         if marker == _END_OF_IMAGE:
-            break
+            return scans
         if marker in _WITHOUT_LENGTH:
             continue
         if marker in _FRAMES:
-            height = int.from_bytes(data[position + 3 : position + 5])
-            width = int.from_bytes(data[position + 5 : position + 7])
-            sequential = marker in _SEQUENTIAL_HUFFMAN
+            one_scan_of = data[position + 7 : position + 8] if marker in _SEQUENTIAL_HUFFMAN else b""
         elif marker == _START_OF_SCAN:
             scans += 1
-            if scans > max_scans:
-                break
+            if scans > limit or (one_scan_of and data[position + 2 : position + 3] == one_scan_of):
+                return scans
         position += int.from_bytes(data[position : position + 2])
-    else:
-        raise MalformedJpegError(f"has more than {MAX_MARKERS:,} markers")
-    return JpegMarkers(scans, width, height, sequential)
+    raise MalformedJpegError(f"has more than {MAX_MARKERS:,} markers")

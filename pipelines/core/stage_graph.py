@@ -19,11 +19,13 @@ class StageNode:
         name: the stage's name, and its task id, its section in `params.yaml`, its module and its subcommand.
         description: its `desc`.
         upstream: the stages whose outputs it reads.
+        inputs: what it reads that no stage makes.
     """
 
     name: str
     description: str
     upstream: tuple[str, ...]
+    inputs: tuple[str, ...] = ()
 
 
 def read_stage_graph(file: Path) -> list[StageNode]:
@@ -49,7 +51,10 @@ def read_stage_graph(file: Path) -> list[StageNode]:
         name: tuple(dict.fromkeys(producers[dep] for dep in stage.get("deps", []) if dep in producers))
         for name, stage in stages.items()
     }
+    inputs = {
+        name: tuple(dep for dep in stage.get("deps", []) if dep not in producers) for name, stage in stages.items()
+    }
     return [
-        StageNode(name, stages[name].get("desc", ""), upstream[name])
+        StageNode(name, stages[name].get("desc", ""), upstream[name], inputs[name])
         for name in TopologicalSorter(upstream).static_order()
     ]

@@ -78,6 +78,11 @@ class Workspace:
         return self.root / "staging"
 
     @property
+    def trials_file(self) -> Path:
+        """Tuning trials that ran side by side before the training, which it takes as given; none where none did."""
+        return self.root / "tuning" / "trials.json"
+
+    @property
     def checkpoints(self) -> Path:
         """Where a killed training resumes from; outside DVC, which would delete it before a second try."""
         return self.root / "checkpoints"

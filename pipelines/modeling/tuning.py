@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,7 @@ def tune(
     folder: Path,
     fingerprint: str,
     live_run: LiveRun,
+    given: Sequence[TrialRecord] = (),
 ) -> Tuning:
     """Run the trials and choose the one with the lowest val/loss.
 
@@ -87,13 +89,14 @@ def tune(
         folder: for the study and the checkpoint of the trial in progress.
         fingerprint: of everything the study depends on; a study with another is not gone on with.
         live_run: gets a nested run per trial.
+        given: trials that ran elsewhere, side by side; only what is missing of `trials` is run here.
 
     Raises:
         Refusal: the loss diverged in every trial.
         TryLater: the folder could not be written.
     """
     journal = folder / f"study-{fingerprint[:16]}.json"
-    trials = _read_journal(journal)
+    trials = read_trials(journal) or list(given)
     for trial in trials:
         live_run.log_trial(_report(params, trial))
     for number in range(len(trials), params.trials):
@@ -130,6 +133,16 @@ def write_trials(path: Path, params: ModelTrainingParams, trials: list[TrialReco
             )
 
 
+def make_sampler(seed: int, *, constant_liar: bool = False) -> optuna.samplers.TPESampler:
+    """Tree-structured Parzen estimators; with `constant_liar`, trials at work elsewhere count as bad ones."""
+    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=_RANDOM_TRIALS, constant_liar=constant_liar)
+
+
+def make_pruner() -> optuna.pruners.MedianPruner:
+    """Stops a trial that is behind the median of the others, once there are others and it has begun in earnest."""
+    return optuna.pruners.MedianPruner(n_startup_trials=_FIRST_UNPRUNED_TRIALS, n_warmup_steps=_FIRST_UNPRUNED_EPOCHS)
+
+
 def _run_trial(
     data: TrainingData,
     params: ModelTrainingParams,
@@ -147,7 +160,7 @@ def _run_trial(
     )
     history = EpochHistory(tried.patience_epochs)
     title = f"trial {number + 1} of {params.trials}  "
-    observers: list[pl.Callback] = [TrainingProgress(history, len(data.train), title), _Pruning(trial, history)]
+    observers: list[pl.Callback] = [TrainingProgress(history, len(data.train), title), Pruning(trial, history)]
     state = "complete"
     try:
         train(data, tried, seed=seed, resumption=resumption, observers=observers, history=history)
@@ -162,12 +175,7 @@ def _run_trial(
 def _restore_study(params: ModelTrainingParams, finished: list[TrialRecord], seed: int) -> optuna.Study:
     """A study that knows the finished trials and nothing else."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(
-        sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=_RANDOM_TRIALS),
-        pruner=optuna.pruners.MedianPruner(
-            n_startup_trials=_FIRST_UNPRUNED_TRIALS, n_warmup_steps=_FIRST_UNPRUNED_EPOCHS
-        ),
-    )
+    study = optuna.create_study(sampler=make_sampler(seed), pruner=make_pruner())
     space: dict[str, Any] = dict(search_space(params))
     states = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "fail": TrialState.FAIL}
     for trial in finished:
@@ -185,7 +193,7 @@ def _restore_study(params: ModelTrainingParams, finished: list[TrialRecord], see
     return study
 
 
-class _Pruning(pl.Callback):
+class Pruning(pl.Callback):
     """Reports each epoch's val/loss, and ends the trial when the pruner says so."""
 
     def __init__(self, trial: optuna.Trial, history: EpochHistory) -> None:
@@ -207,11 +215,12 @@ class _Pruning(pl.Callback):
             raise optuna.TrialPruned
 
 
-def _read_journal(path: Path) -> list[TrialRecord]:
-    """The trials that an earlier process finished."""
+def read_trials(path: Path) -> list[TrialRecord]:
+    """The trials that an earlier process finished; none where there is no such file."""
     if not path.is_file():
         return []
-    return [TrialRecord(**fields) for fields in json.loads(path.read_text(encoding="utf-8"))]
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    return [TrialRecord(**fields) for fields in (tree["trials"] if isinstance(tree, dict) else tree)]
 
 
 def _report(params: ModelTrainingParams, trial: TrialRecord) -> TrialReport:

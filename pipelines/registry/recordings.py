@@ -37,7 +37,7 @@ def download_recording(settings: Settings, run_id: str, into: Path) -> None:
                 limit=f"a replay needs {', '.join(_FILES)}",
                 way_out="choose a run that finished",
             )
-        for name in (*_FILES, "results"):
+        for name in (*_FILES, "results", *({"tuning"} & known)):
             artifacts.download_artifacts(name, str(into))
 
     with_mlflow(settings, fetch)

@@ -284,6 +284,8 @@ def _upload(mlflow: Mlflow, run_id: str, workspace: Workspace, stage: str, outco
     reference = workspace.reference / "reference.json"
     if reference.is_file():
         artifacts.log_artifact(str(reference))
+    if workspace.trials_file.is_file():
+        artifacts.log_artifact(str(workspace.trials_file), workspace.trials_file.parent.name)
 
 
 def _record_data(mlflow: Mlflow, run: Run, workspace: Workspace) -> None:

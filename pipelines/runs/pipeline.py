@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import date
 from typing import Any
@@ -35,6 +35,9 @@ def run_step(
 ) -> dict[str, Any]:
     """Run one step of a run and record it; the first step opens the run.
 
+    With `PERCH_RUNS_URL`, the run's workspace is fetched before and shared after, so that each step may run on another
+    machine.
+
     Returns:
         The stage's result, with `links`: title to address, where MLflow has a web address.
 
@@ -42,7 +45,47 @@ def run_step(
         TryLater: another process is at work on the run.
         PerchError: the stage refused or failed; its reports are recorded all the same, and its `links` lead there.
     """
-    workspace = open_workspace(settings, run_id, overrides, requested_by=requested_by, as_of=as_of)
+
+    def open_here() -> Workspace:
+        return open_workspace(settings, run_id, overrides, requested_by=requested_by, as_of=as_of)
+
+    if settings.runs_url:
+        return _run_shared(settings, run_id, stage, open_here)
+    return _run_here(settings, open_here(), stage)
+
+
+def _run_shared(settings: Settings, run_id: str, stage: str, open_here: Callable[[], Workspace]) -> dict[str, Any]:
+    """Run a step between fetching the run's workspace and sharing what became of it."""
+    from pipelines.runs.sharing import SharedRun, ending_on_sigterm
+
+    shared = SharedRun(settings, run_id)
+    with ending_on_sigterm(), shared.lease(stage):
+        shared.forget_outcome(stage)
+        result: dict[str, Any] | None = None
+        failure: PerchError | None = None
+        try:
+            shared.fetch()
+            workspace = open_here()
+            shared.share_opened()
+            in_dvc = stage not in STEPS_AFTER_DVC
+            if not in_dvc:
+                shared.fetch_inputs(stage)
+            try:
+                with shared.checkpoints_shared():
+                    result = _run_here(settings, workspace, stage)
+            finally:
+                shared.share(stage, outputs=in_dvc and result is not None)
+        except PerchError as error:
+            failure = error
+            raise
+        finally:
+            if result is not None or failure is not None:
+                shared.share_outcome(stage, None if failure else result, failure)
+        return result
+
+
+def _run_here(settings: Settings, workspace: Workspace, stage: str) -> dict[str, Any]:
+    """Run a step in its workspace on this machine, and record it."""
     params = load_params(workspace.params_file)
     from pipelines.registry.tracking import ensure_run, publish_stage
 

@@ -82,8 +82,9 @@ def run_in_workspace(
         _refuse_skipped_steps(workspace, nodes[stage])
         notes = DvcNotes(workspace)
         notes.begin()
-        command = [_tool("dvc"), "repro", "--quiet", "--single-item", stage]
+        command = dvc_command("repro", "--quiet", "--single-item", stage)
         command += [] if use_run_cache else ["--no-run-cache"]
+        command += ["--pull"] if settings.runs_url else []
         code = _run_process(command, workspace, settings, mlflow_run_id)
         if code >= 0:  # below zero, a signal ended it
             notes.end()
@@ -154,9 +155,20 @@ def _run_process(command: list[str], workspace: Workspace, settings: Settings, m
             process.wait()
 
 
-def _tool(name: str) -> str:
-    """A command of this environment, whether or not the environment is activated."""
-    return str(Path(sys.executable).parent / name)
+def dvc_command(*words: str) -> list[str]:
+    """DVC's command of this environment, whether or not the environment is activated."""
+    return [str(Path(sys.executable).parent / "dvc"), *words]
+
+
+def run_tool(command: list[str], workspace: Workspace, settings: Settings) -> None:
+    """Run a command in the workspace as a stage would be run.
+
+    Raises:
+        subprocess.CalledProcessError: its exit code was not 0.
+    """
+    code = _run_process(command, workspace, settings, "")
+    if code:
+        raise subprocess.CalledProcessError(code, command)
 
 
 def _describe(error: PerchError) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from pipelines.core.results import write_json
 from pipelines.core.workspace import Workspace
 from pipelines.errors import Refusal
 from pipelines.modeling.preconditions import check_training_preconditions
+from pipelines.object_storage.settings import read_s3_settings
 from pipelines.params import Params, check_params, override
 from pipelines.settings import Settings
 
@@ -175,6 +176,7 @@ def _fill(workspace: Workspace, settings: Settings, params: Params) -> None:
     shutil.copytree(code, workspace.root / "pipelines", ignore=_SNAPSHOT_IGNORE)
     shutil.copytree(settings.project_dir / "expectations", workspace.expectations)
     fetch_reference(settings, params, workspace.reference)
+    write_json(workspace.trials_file, {"trials": []})
     write_dvc_config(workspace, settings)
 
 
@@ -187,13 +189,29 @@ def write_params(workspace: Workspace, params: Params) -> None:
 def write_dvc_config(workspace: Workspace, settings: Settings) -> None:
     """Make the workspace a DVC project of its own over the shared cache, as `dvc init --no-scm` would."""
     folder = workspace.root / ".dvc"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
+    remote = _dvc_remote(settings) if settings.runs_url else ""
     (folder / "config").write_text(
         "[core]\n    no_scm = true\n    analytics = false\n    check_update = false\n"
-        f"[cache]\n    dir = {settings.dvc_cache_dir.resolve()}\n    type = reflink,hardlink,symlink,copy\n",
+        + ("    remote = shared\n" if remote else "")
+        + f"[cache]\n    dir = {settings.dvc_cache_dir.resolve()}\n    type = reflink,hardlink,symlink,copy\n"
+        + remote,
         encoding="utf-8",
     )
     (workspace.root / ".dvcignore").write_text("__pycache__/\n", encoding="utf-8")
+
+
+def _dvc_remote(settings: Settings) -> str:
+    """DVC's words for the bucket that runs go through; credentials are those that boto3 finds."""
+    store = read_s3_settings(settings.s3_endpoint_url)
+    words = {
+        "url": f"{settings.runs_url.rstrip('/')}/dvc",
+        "endpointurl": store.endpoint,
+        "region": store.region,
+        "ssl_verify": str(store.ca_bundle.expanduser()) if store.ca_bundle else "",
+        "read_timeout": f"{store.timeout_s:.0f}",
+    }
+    return "['remote \"shared\"']\n" + "".join(f"    {key} = {value}\n" for key, value in words.items() if value)
 
 
 def _folder_name(run_id: str) -> str:

@@ -17,6 +17,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from pipelines.core.own_command import own_command
 from pipelines.core.stage_graph import read_stage_graph
 from pipelines.errors import PerchError
 from pipelines.release.airflow_approvals import DAG_ID as RELEASE_DAG_ID
@@ -50,8 +51,8 @@ class WeekView:
         table = Table(box=None, show_header=False, padding=(0, 1), pad_edge=False)
         table.add_column(width=2)
         table.add_column(width=20)
-        table.add_column(ratio=1, overflow="fold", min_width=44)
-        table.add_column(justify="right", width=9)
+        table.add_column(ratio=1, overflow="fold", min_width=30)
+        table.add_column(justify="right", no_wrap=True, min_width=9)
         for step in self.steps:
             task = self.tasks.get(step)
             state = task.state if task else ""
@@ -104,13 +105,15 @@ def run_demo(settings: Settings, *, stay: bool) -> None:
     except KeyboardInterrupt:
         console.print()
     finally:
-        if not was_up:
+        stays_up = was_up or not stack.has_started  # somebody else's, who may be starting them at the same time
+        if not stays_up:
             with console.status("ending the services"):
                 stack.down()
-    if was_up:
-        console.print("The services were up before, and stay so; [bold]perch down[/bold] ends them.")
+    perch = own_command()
+    if stays_up:
+        console.print(f"The services were up before, and stay so; [bold]{perch} down[/bold] ends them.")
     else:
-        console.print("Services ended; [bold]perch up[/bold] starts them again with everything in place.")
+        console.print(f"Services ended; [bold]{perch} up[/bold] starts them again with everything in place.")
 
 
 def _start(stack: Stack, console: Console) -> Ports:
@@ -196,7 +199,9 @@ def _print_outcome(
     card = client.links(DAG_ID, weeks[-1].run_id, "model_evaluation").get("Model card")
     if card:
         console.print(f"Card     {card}")
-    console.print("Look at  perch models · perch models show 2 · perch runs · perch ledger verify")
+    perch = own_command()
+    looks = " · ".join(f"{perch} {words}" for words in ("models", "models show 2", "runs", "ledger verify"))
+    console.print(f"Look at  {looks}", soft_wrap=True)
 
 
 def _show_predictions(stack: Stack, console: Console, ports: Ports) -> None:
@@ -212,7 +217,7 @@ def _show_predictions(stack: Stack, console: Console, ports: Ports) -> None:
     console.print(f"         {shown} is a {answer['label']}, says v{answer['model']['version']} ({probability:.3f})")
     command = f'curl -F image=@{shown} {ports.serving_uri}/v1/predict -H "X-API-Key: {key}"'
     console.print(f"Try it   {command}", soft_wrap=True)
-    console.print(f"Ask why  perch why {answer['prediction_id']}")
+    console.print(f"Ask why  {own_command()} why {answer['prediction_id']}")
     _print_why(stack.settings, console, answer["prediction_id"])
     console.print("Break it make demo-faults")
 

@@ -56,7 +56,11 @@ class AirflowAnswers:
 
 
 def open_target(settings: Settings) -> ReleaseTarget:
-    """Where releases run."""
+    """Where releases run, as `PERCH_TARGET` says."""
+    if settings.target == "kubernetes":
+        from pipelines.release.kubernetes_target import KubernetesTarget
+
+        return KubernetesTarget(settings)
     return LocalTarget(settings)
 
 

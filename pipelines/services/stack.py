@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 import xmlrpc.client
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 
 import psutil
 
+from pipelines.core.locking import hold
 from pipelines.core.results import write_json
 from pipelines.errors import PerchError, Refusal, TryLater
 from pipelines.registry.database import Database
@@ -62,9 +63,10 @@ class Stack:
         self.working_folder = self.folder / "working"
         self.socket = supervisor_socket(settings.home)
         self.target = LocalTarget(settings)
+        self.has_started = False  # whether `up` had anything to start
 
     def up(self, report: Report, ports: Ports | None = None) -> Ports:
-        """Start what is not running and wait until it answers.
+        """Start what is not running and wait until it answers; who comes second waits for the first and joins him.
 
         Args:
             report: takes one line per step.
@@ -73,12 +75,16 @@ class Stack:
         Raises:
             Refusal: a preferred port is taken and was asked for by environment.
             PerchError: a program ended or did not answer in time; the message holds its log's last lines.
+            TryLater: another process has been starting them all the time.
         """
-        running = self.status()
-        # A slot's service that does not run is the release engine's business, and no reason to end the others.
-        if running and all(state == "RUNNING" for name, state in running.items() if name not in PROCESSES):
-            self.target.resume()
-            return self.ports()
+        with self._starting_alone(report):
+            if self._is_up():
+                self.target.resume()
+                return self.ports()
+            return self._start_all(report, ports)
+
+    def _start_all(self, report: Report, ports: Ports | None) -> Ports:
+        self.has_started = True
         self.down()
         _refuse_missing_tools()
         _upgrade_own_database(self.settings)
@@ -153,6 +159,27 @@ class Stack:
                 process.kill()
         self.socket.unlink(missing_ok=True)
         return found or bool(strays)
+
+    def _is_up(self) -> bool:
+        """Whether every program runs; a slot's service that does not is the release engine's business."""
+        supervisor = self._supervisor()
+        return supervisor is not None and all(
+            info["statename"] == "RUNNING"
+            for info in supervisor.supervisor.getAllProcessInfo()
+            if info["name"] not in PROCESSES
+        )
+
+    @contextmanager
+    def _starting_alone(self, report: Report) -> Iterator[None]:
+        """Keep two starts apart: the second would take what the first has not finished for broken, and end it."""
+        lock = self.folder / "starting.lock"
+        with ExitStack() as held:
+            try:
+                held.enter_context(hold(lock, wait_s=0))
+            except TryLater:
+                report("waiting for another start of the same services")
+                held.enter_context(hold(lock, wait_s=_START_LIMIT_S))
+            yield
 
     def status(self) -> dict[str, str]:
         """Program name to supervisor's state (RUNNING, STARTING, BACKOFF, …); empty when nothing is up.

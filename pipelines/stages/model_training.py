@@ -98,7 +98,7 @@ def _tune(
     params: Params, workspace: Workspace, data: TrainingData, live_run: LiveRun
 ) -> tuple[ModelTrainingParams, dict[str, float]]:
     """The parameters to train with, and which of them tuning chose."""
-    from pipelines.modeling.tuning import tune, write_trials
+    from pipelines.modeling.tuning import read_trials, tune, write_trials
 
     settings = params.model_training
     if settings.trials == 0:
@@ -110,6 +110,7 @@ def _tune(
         folder=workspace.checkpoints,
         fingerprint=_fingerprint(params, settings, workspace),
         live_run=live_run,
+        given=read_trials(workspace.trials_file),
     )
     write_trials(workspace.model / "trials.csv", settings, tuning.trials)
     return tuning.params, tuning.hyperparameters
@@ -202,7 +203,10 @@ def _fingerprint(params: Params, settings: ModelTrainingParams, workspace: Works
     """What checkpoints of this training are a function of."""
     from pipelines.modeling.fingerprint import fingerprint_training
 
-    return fingerprint_training(f"{params.seed} {settings.model_dump_json()}", workspace.splits, workspace.features)
+    trials = workspace.trials_file.read_text(encoding="utf-8") if workspace.trials_file.is_file() else ""
+    return fingerprint_training(
+        f"{params.seed} {settings.model_dump_json()} {trials}", workspace.splits, workspace.features
+    )
 
 
 def _summarise(record: TrainingRecord, epochs: int, accuracy: float) -> str:

@@ -119,6 +119,7 @@ def test_form__parsed__has_the_defaults_of_params_yaml_and_the_limits_of_the_mod
         "epochs": params["model_training"]["epochs"],
         "learning_rate": params["model_training"]["learning_rate"],
         "trials": params["model_training"]["trials"],
+        "parallel_trials": params["model_training"]["parallel_trials"],
         "source": params["data_ingestion"]["source"],
         "as_of": params["data_ingestion"]["as_of"],
     }

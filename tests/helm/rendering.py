@@ -73,9 +73,9 @@ def chart() -> Chart:
     return Chart.load(CHART)
 
 
-def render(values: dict[str, Any], **options: Any) -> list[Document]:
+def render(values: dict[str, Any], *, name: str = RELEASE, **options: Any) -> list[Document]:
     """Every document of the chart under some values."""
-    manifests = chart().render(values, name=RELEASE, namespace=NAMESPACE, **options)
+    manifests = chart().render(values, name=name, namespace=NAMESPACE, **options)
     return [
         document
         for path, text in sorted(manifests.items())

@@ -11,20 +11,25 @@ from tests.helm.rendering import ENVIRONMENTS, NAMESPACE, RELEASE, SERVERS, Docu
 
 each_environment = pytest.mark.parametrize("environment", [*ENVIRONMENTS, "everything"])
 
+Rights = dict[tuple[str, str], tuple[list[str] | None, list[str]]]
+
 SERVER_OBJECTS = [f"{RELEASE}-serving-{server}" for server in SERVERS]
 
 
-@each_environment
-def test_role__of_the_engine__is_for_its_own_objects_and_verbs_alone(environment: str) -> None:
-    found = rendering.documents(environment)
-    role = rendering.find(found, "Role")
-    rights = {
+def _rights(role: Document) -> Rights:
+    """Group and resource to the objects' names, or None for all of them, and the verbs."""
+    return {
         (group, resource): (rule.get("resourceNames"), rule["verbs"])
         for rule in role["rules"]
         for group in rule["apiGroups"]
         for resource in rule["resources"]
     }
-    assert rights == {
+
+
+@each_environment
+def test_role__of_the_engine__is_for_its_own_objects_and_verbs_alone(environment: str) -> None:
+    found = rendering.documents(environment)
+    assert _rights(rendering.find(found, "Role", f"{RELEASE}-engine")) == {
         ("apps", "deployments"): (SERVER_OBJECTS, ["get", "patch"]),
         ("gateway.networking.k8s.io", "httproutes"): ([f"{RELEASE}-serving"], ["get", "patch"]),
         ("", "services"): (SERVER_OBJECTS, ["get"]),
@@ -38,14 +43,29 @@ def test_role__of_the_engine__is_for_its_own_objects_and_verbs_alone(environment
     assert rendering.find(found, "HTTPRoute", f"{RELEASE}-serving")
 
 
-def test_role__its_bearers__are_the_engines_account_and_those_named() -> None:
-    bindings = rendering.of_kind(rendering.documents("production"), "RoleBinding")
-    (binding,) = bindings
-    assert binding["roleRef"]["name"] == rendering.find(rendering.documents("production"), "Role")["metadata"]["name"]
-    assert [(subject["namespace"], subject["name"]) for subject in binding["subjects"]] == [
-        (NAMESPACE, f"{RELEASE}-engine"),
-        ("airflow", "airflow-worker"),
+def test_role__of_what_starts_steps__is_for_pods_alone() -> None:
+    found = rendering.documents("production")
+    assert _rights(rendering.find(found, "Role", f"{RELEASE}-launcher")) == {
+        ("", "pods"): (None, ["create", "get", "list", "watch", "patch", "delete"]),
+        ("", "pods/log"): (None, ["get"]),
+        ("", "events"): (None, ["list"]),
+    }
+    assert [role["metadata"]["name"] for role in rendering.of_kind(rendering.documents("dev"), "Role")] == [
+        f"{RELEASE}-engine"
     ]
+
+
+@pytest.mark.parametrize(
+    ("role", "bearers"),
+    [
+        (f"{RELEASE}-engine", [(NAMESPACE, f"{RELEASE}-engine"), ("airflow", "airflow-worker")]),
+        (f"{RELEASE}-launcher", [("airflow", "airflow-worker"), ("airflow", "airflow-triggerer")]),
+    ],
+)
+def test_role__its_bearers__are_those_named(role: str, bearers: list[tuple[str, str]]) -> None:
+    binding = rendering.find(rendering.documents("production"), "RoleBinding", role)
+    assert binding["roleRef"]["name"] == role
+    assert [(subject["namespace"], subject["name"]) for subject in binding["subjects"]] == bearers
 
 
 # Networks.
@@ -75,6 +95,17 @@ def test_network__of_every_component__is_opened_by_a_policy_of_its_own(environme
         assert own == [f"{RELEASE}-dns", f"{RELEASE}-{component}"], name
 
 
+def test_network__of_a_steps_pod__is_that_of_the_pipeline() -> None:
+    from dags.dag_support.pod_spec import LABELS
+
+    labels = {**LABELS, "app.kubernetes.io/instance": RELEASE, "perch/step": "model_training"}
+    policies = [policy for policy in _policies("production") if policy["spec"]["podSelector"]]
+    assert [policy["metadata"]["name"] for policy in policies if _selects(policy, labels)] == [
+        f"{RELEASE}-dns",
+        f"{RELEASE}-pipeline",
+    ]
+
+
 def test_network__switched_off__has_no_policies() -> None:
     assert not _policies("dev")
 
@@ -100,9 +131,10 @@ def _peer(peer: Document) -> str:
 @pytest.mark.parametrize(
     ("component", "expected"),
     [
-        ("serving", {3000: ["envoy-gateway-system", "airflow", "watchdog"], 9464: ["monitoring"]}),
-        ("mlflow", {5000: ["airflow", "watchdog"]}),
+        ("serving", {3000: ["envoy-gateway-system", "airflow", "watchdog", "pipeline"], 9464: ["monitoring"]}),
+        ("mlflow", {5000: ["airflow", "watchdog", "pipeline"]}),
         ("watchdog", {}),
+        ("pipeline", {}),
         ("setup", {}),
     ],
 )
@@ -110,15 +142,25 @@ def test_network__into_a_component__is_open_for_whom_it_serves(component: str, e
     assert _allowed("ingress", component) == expected
 
 
+MOVING_RELEASES = {
+    5432: [],
+    443: [],
+    6443: [],
+    465: [],
+    587: [],
+    9090: ["monitoring"],
+    3000: ["serving"],
+    5000: ["mlflow"],
+}
+
+
 @pytest.mark.parametrize(
     ("component", "expected"),
     [
         ("serving", {443: [], 4318: []}),
         ("mlflow", {5432: [], 443: []}),
-        (
-            "watchdog",
-            {443: [], 6443: [], 5432: [], 9090: ["monitoring"], 3000: ["serving"], 5000: ["mlflow"], 465: [], 587: []},
-        ),
+        ("watchdog", MOVING_RELEASES),
+        ("pipeline", MOVING_RELEASES),
         ("setup", {443: [], 6443: []}),
     ],
 )
@@ -128,7 +170,7 @@ def test_network__out_of_a_component__is_open_for_what_it_asks(component: str, e
 
 @pytest.mark.parametrize("environment", ["production", "everything"])
 def test_network__between_components__is_open_at_both_ends(environment: str) -> None:
-    components = ("serving", "watchdog", "mlflow", "setup")
+    components = ("serving", "watchdog", "pipeline", "mlflow", "setup")
     for one in components:
         for port, peers in _allowed("egress", one, environment).items():
             for other in set(peers) & set(components):
@@ -169,7 +211,7 @@ def test_secrets__without_an_external_store__are_only_named() -> None:
 
 def test_secrets__of_a_cloud_with_roles__are_not_needed_for_the_store() -> None:
     role = {"eks.amazonaws.com/role-arn": "arn:aws:iam::1:role/perch"}
-    accounts = {name: {"annotations": role} for name in ("serving", "engine", "mlflow")}
+    accounts = {name: {"annotations": role} for name in ("serving", "engine", "mlflow", "pipeline")}
     found = rendering.render(
         rendering.values_of("default", objectStore={"existingSecret": ""}, serviceAccounts=accounts)
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.object_storage.settings import S3Settings
 from pipelines.settings import Settings
 from serving.metrics import ROUTES
 from serving.settings import ServingSettings
@@ -16,6 +17,9 @@ from tests.helm.rendering import ENVIRONMENTS, PROJECT, RELEASE, SERVERS, Docume
 
 each_environment = pytest.mark.parametrize("environment", [*ENVIRONMENTS, "everything"])
 each_server = pytest.mark.parametrize("server", SERVERS)
+
+PERCH_VARIABLES = {f"PERCH_{name.upper()}" for name in Settings.model_fields}
+PERCH_VARIABLES |= {f"PERCH_S3_{name.upper()}" for name in S3Settings.model_fields}
 
 DOCKERFILES = {name: (PROJECT / f"docker/{name}.Dockerfile").read_text() for name in ("serving", "pipeline")}
 
@@ -100,8 +104,7 @@ def test_images__of_an_installation__are_of_one_version(environment: str) -> Non
 
 @each_environment
 def test_pods__settings_they_are_given__exist(environment: str) -> None:
-    known = {f"PERCH_{name.upper()}" for name in Settings.model_fields}
-    known |= {f"PERCH_SERVING_{name.upper()}" for name in ServingSettings.model_fields}
+    known = PERCH_VARIABLES | {f"PERCH_SERVING_{name.upper()}" for name in ServingSettings.model_fields}
     for name, template in pods(environment):
         for container in rendering.containers(template):
             given = {variable for variable in rendering.environment_of(container) if variable.startswith("PERCH_")}
@@ -326,6 +329,16 @@ def test_watchdog__on_a_cluster__is_one_and_knows_where_it_is() -> None:
     assert settings.kubernetes_release == RELEASE
     assert settings.mlflow_uri == f"http://{RELEASE}-mlflow.{rendering.NAMESPACE}:5000"
     assert settings.prometheus_url
+
+
+@each_environment
+def test_settings__for_the_steps_pods__exist_and_are_the_watchdogs(environment: str) -> None:
+    found = rendering.documents(environment)
+    settings = rendering.find(found, "ConfigMap", f"{RELEASE}-settings")["data"]
+    assert set(settings) <= PERCH_VARIABLES
+    assert {"PERCH_RUNS_URL", "PERCH_RELEASES_URL", "PERCH_MLFLOW_URI", "PERCH_TARGET"} <= set(settings)
+    watchdog = rendering.find(found, "Deployment", f"{RELEASE}-watchdog")["spec"]["template"]["spec"]["containers"][0]
+    assert settings.items() <= rendering.environment_of(watchdog).items()
 
 
 def test_mlflow__its_address_for_others__is_one_it_lets_in() -> None:

@@ -107,17 +107,21 @@ def postgresql_url(postgresql_server: Path) -> str:
 @pytest.fixture(scope="session")
 def staged_release(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A release around a small convolutional network with random weights, for colour images padded to a square."""
+    return stage_random_network(tmp_path_factory.mktemp("staged-release"), seed=1)
+
+
+def stage_random_network(folder: Path, seed: int) -> Path:
+    """Such a release; one of another seed answers otherwise."""
     import torch
 
     from pipelines.core.contract import InputContract, ModelContract
     from pipelines.modeling.export import export_onnx
     from pipelines.modeling.networks import NormalizedNet, PixelNormalization, SmallConvNet
 
-    folder = tmp_path_factory.mktemp("staged-release")
     contract = ModelContract(
         input=InputContract(size_px=28, channels=3, resize="pad"), labels=tuple(f"digit {n}" for n in range(10))
     )
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     backbone = SmallConvNet(3, 10, widths=(16, 32, 64), dropout=0.0)
     network = NormalizedNet(PixelNormalization([60.0] * 3, [70.0] * 3), backbone).eval()
     with torch.no_grad():  # as sure of itself, and as undecided between the labels, as a trained one

@@ -25,7 +25,8 @@ from pipelines.release.steps import PROMOTED, ROLLED_BACK, Phase, Plan, Step
 from pipelines.release.targets import Routing, Slot
 from pipelines.release.watchdog import Watchdog
 from pipelines.release.world import World
-from tests.integration.test_local_target import Rig, rig, settled  # noqa: F401 - fixtures
+from tests.integration.release_target_behaviour import TargetRig
+from tests.integration.test_local_target import rig, settled  # noqa: F401 - fixtures
 from tests.unit.release.simulated_release import RecordedAnswers, SimulatedAliases
 
 pytestmark = pytest.mark.services
@@ -53,7 +54,7 @@ def predictions_are_kept_at_once() -> Iterator[None]:
 
 @dataclass
 class Scene:
-    rig: Rig
+    rig: TargetRig
     world: World
     aliases: SimulatedAliases
     rollout: RolloutState
@@ -81,7 +82,7 @@ class Scene:
 
 
 @pytest.fixture
-def scene(settled: Rig) -> Iterator[Scene]:  # noqa: F811
+def scene(settled: TargetRig) -> Iterator[Scene]:  # noqa: F811
     """The first release serves, the second has been approved; the watchdog runs."""
     (settled.settings.home / "ledger.db").unlink(missing_ok=True)
     target, settings = settled.target, settled.settings
@@ -138,9 +139,7 @@ def test_rollout__canary_killed__loses_its_traffic_within_five_seconds(scene: Sc
     with scene.rig.traffic() as traffic:
         state = scene.run_to(CANARY_30)
         assert state.step == CANARY_30, state.reason
-        processes = scene.rig.processes(Slot.CANARY)
-        for process in processes:
-            process.kill()
+        scene.rig.kill_service(Slot.CANARY)
         assert scene.wait_for_rollback(10) < 5
         moved = time.monotonic()
         traffic.wait_for(50)

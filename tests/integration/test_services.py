@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -21,9 +22,17 @@ PERCH = str(Path(sys.executable).parent / "perch")
 pytestmark = [pytest.mark.services, pytest.mark.timeout(300)]
 
 
-def perch(command: str, home: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PERCH_HOME": str(home), "PERCH_PROJECT_DIR": str(PROJECT), **variables}
-    return subprocess.run([PERCH, command], env=environment, capture_output=True, text=True, check=False)
+def start(command: str, home: Path) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PERCH_HOME": str(home), "PERCH_PROJECT_DIR": str(PROJECT)}
+    return subprocess.Popen(
+        [PERCH, command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def perch(command: str, home: Path) -> subprocess.CompletedProcess[str]:
+    process = start(command, home)
+    stdout, stderr = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
 def processes_of(home: Path) -> list[str]:
@@ -38,18 +47,25 @@ def processes_of(home: Path) -> list[str]:
     return found
 
 
-def test_services__up_twice_supervisor_killed_and_down__leave_no_process(tmp_path: Path) -> None:
+def test_services__up_twice_at_once_supervisor_killed_and_down__leave_no_process(tmp_path: Path) -> None:
     home = tmp_path / "a folder whose name is long enough that a socket in it would have too long a path" / "home"
     try:
-        first = perch("up", home)
-        assert first.returncode == 0, first.stderr
-        assert perch("up", home).stdout == first.stdout  # what runs is left alone
+        pid_file = home / "services" / "supervisord.pid"
+        with start("up", home) as first:
+            while first.poll() is None and not pid_file.exists():
+                time.sleep(0.1)
+            supervisor = pid_file.read_text()
+            joined = perch("up", home)  # while the first is still at it
+            shown, errors = first.communicate()
+        assert (first.returncode, joined.returncode) == (0, 0), errors + joined.stderr
+        assert perch("up", home).stdout == joined.stdout == shown  # what runs is left alone
+        assert pid_file.read_text() == supervisor
         status = perch("status", home)
         assert status.returncode == 0
         assert status.stdout.count("RUNNING") == 7
 
         stack = Stack(Settings(project_dir=PROJECT, home=home))
-        os.kill(int((home / "services" / "supervisord.pid").read_text()), signal.SIGKILL)
+        os.kill(int(supervisor), signal.SIGKILL)
         assert perch("status", home).returncode == 1
         assert processes_of(home)  # orphans
         ports = stack.ports()

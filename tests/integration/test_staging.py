@@ -1,7 +1,9 @@
 """A packaged release in staging: started as in production, asked the smoke tests, and gone again."""
 
+import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from pipelines.core.api_keys import read_keys
 from pipelines.core.contract import InputContract, ModelContract
@@ -21,9 +24,13 @@ from pipelines.params import Params
 from pipelines.registry.aliases import read_aliases
 from pipelines.registry.ledger import Ledger
 from pipelines.registry.registration import register
+from pipelines.registry.staged_version import staged_probes
+from pipelines.release.artifact_store import open_store
 from pipelines.release.own_process import OwnProcess
+from pipelines.release.probe_images import fetch_probe_images
 from pipelines.release.staging import temporary_key
 from pipelines.release.targets import ReleaseRef, Slot
+from pipelines.services.rollouts import _require_probe_images
 from pipelines.settings import Settings
 from pipelines.stages import deploy_to_staging
 from pipelines.stages.model_packaging import package_version
@@ -128,6 +135,7 @@ def test_deploy_to_staging__release_as_evaluated__passes_and_leaves_nothing_but_
     assert [json.loads(record.evidence) for record in staged] == [
         {"run_id": "run-1", "release_sha256": result.release_sha256, "smoke_tests": 12, "golden_images": IMAGES}
     ]
+    assert not list(settings.releases_dir.glob("*.probes.zip")), "images were kept for a prober that there is not"
     assert not services_of(settings)
 
     # The card is changed in MLflow: the same step, done again, speaks of other evidence.
@@ -136,6 +144,25 @@ def test_deploy_to_staging__release_as_evaluated__passes_and_leaves_nothing_but_
     again = deploy_to_staging.run(registry_params, workspace)
     assert again.release_sha256 == result.release_sha256
     assert again.evidence_sha256 != result.evidence_sha256
+
+
+def test_deploy_to_staging__params_with_a_prober__keeps_test_images_for_it(
+    packaged: tuple[Settings, Workspace], registry_params: Params
+) -> None:
+    settings, workspace = packaged
+    release = registry_params.model_release.model_copy(update={"probe_requests_per_s": 20})
+    staging = registry_params.deploy_to_staging.model_copy(update={"probe_images": 5})
+    params = registry_params.model_copy(update={"model_release": release, "deploy_to_staging": staging})
+    digest = deploy_to_staging.run(params, workspace).release_sha256
+    archive_sha256 = staged_probes(settings, params.model_name, "1", digest)
+    images = fetch_probe_images(open_store(settings), digest, archive_sha256)
+    assert len(set(images)) == 5
+    with Image.open(io.BytesIO(images[0])) as image:
+        assert image.size == (8, 8)
+    of_another = ReleaseRef(params.model_name, "1", "0a" * 32, "")
+    _require_probe_images(settings, replace(of_another, digest=digest))
+    with pytest.raises(Refusal, match="has no images to send"):
+        _require_probe_images(settings, of_another)
 
 
 def test_deploy_to_staging__served_answers_differ_from_the_offline_ones__names_each_test_that_failed(

@@ -76,30 +76,39 @@ priorityClassName: {{ . }}
 {{- end }}
 {{- end }}
 
-{{/* Variables that boto3 reads; credentials come from a Secret, or from the pod's account where none is named. */}}
-{{- define "perch.objectStoreEnvironment" -}}
-{{- with .Values.objectStore }}
-{{- if .region }}
-- name: AWS_DEFAULT_REGION
-  value: {{ .region | quote }}
-{{- end }}
-{{- if .existingSecret }}
+{{/* Credentials that boto3 reads come from a Secret, or from the pod's account where none is named. */}}
+{{- define "perch.objectStoreCredentials" -}}
+{{- with .Values.objectStore.existingSecret }}
 - name: AWS_ACCESS_KEY_ID
   valueFrom:
     secretKeyRef:
-      name: {{ .existingSecret }}
+      name: {{ . }}
       key: AWS_ACCESS_KEY_ID
 - name: AWS_SECRET_ACCESS_KEY
   valueFrom:
     secretKeyRef:
-      name: {{ .existingSecret }}
+      name: {{ . }}
       key: AWS_SECRET_ACCESS_KEY
 {{- end }}
+{{- end }}
+
+{{/* How Perch's own processes reach the store. */}}
+{{- define "perch.objectStoreEnvironment" -}}
+{{- with .Values.objectStore }}
+{{- if .endpointUrl }}
+- name: PERCH_S3_ENDPOINT_URL
+  value: {{ .endpointUrl | quote }}
+{{- end }}
+{{- if .region }}
+- name: PERCH_S3_REGION
+  value: {{ .region | quote }}
+{{- end }}
 {{- if .caConfigMap }}
-- name: AWS_CA_BUNDLE
+- name: PERCH_S3_CA_BUNDLE
   value: /etc/perch/object-store-ca/ca.crt
 {{- end }}
 {{- end }}
+{{- include "perch.objectStoreCredentials" . }}
 {{- end }}
 
 {{- define "perch.objectStoreMounts" -}}
@@ -138,51 +147,29 @@ priorityClassName: {{ . }}
 {{- end }}
 {{- end }}
 
-{{/* The settings of whatever moves releases on this installation. */}}
-{{- define "perch.engineEnvironment" -}}
-- name: PERCH_TARGET
-  value: kubernetes
-- name: PERCH_KUBERNETES_NAMESPACE
-  value: {{ .Release.Namespace }}
-- name: PERCH_KUBERNETES_RELEASE
-  value: {{ .Release.Name }}
+{{/* What Perch's own processes are told of this installation, without secrets; a map of variables. */}}
+{{- define "perch.settings" -}}
+PERCH_TARGET: kubernetes
+PERCH_KUBERNETES_NAMESPACE: {{ .Release.Namespace }}
+PERCH_KUBERNETES_RELEASE: {{ .Release.Name }}
 {{- with .Values.prometheus.url }}
-- name: PERCH_PROMETHEUS_URL
-  value: {{ . | quote }}
+PERCH_PROMETHEUS_URL: {{ . | quote }}
 {{- end }}
-- name: PERCH_DATABASE_URL
-  valueFrom:
-    secretKeyRef:
-      name: {{ .Values.database.existingSecret }}
-      key: {{ .Values.database.key }}
 {{- with include "perch.mlflowUri" . }}
-- name: PERCH_MLFLOW_URI
-  value: {{ . | quote }}
+PERCH_MLFLOW_URI: {{ . | quote }}
 {{- end }}
 {{- with .Values.airflow.uri }}
-- name: PERCH_AIRFLOW_URI
-  value: {{ . | quote }}
-{{- end }}
-{{- with .Values.notices.existingSecret }}
-- name: PERCH_NOTICE_URLS
-  valueFrom:
-    secretKeyRef:
-      name: {{ . }}
-      key: {{ $.Values.notices.key }}
+PERCH_AIRFLOW_URI: {{ . | quote }}
 {{- end }}
 {{- with .Values.objectStore }}
+{{- if .runsUrl }}
+PERCH_RUNS_URL: {{ .runsUrl | quote }}
+{{- end }}
 {{- if .releasesUrl }}
-- name: PERCH_RELEASES_URL
-  value: {{ .releasesUrl | quote }}
+PERCH_RELEASES_URL: {{ .releasesUrl | quote }}
 {{- end }}
 {{- if .predictionsUrl }}
-- name: PERCH_PREDICTIONS_URL
-  value: {{ .predictionsUrl | quote }}
-{{- end }}
-{{- if .endpointUrl }}
-- name: PERCH_S3_ENDPOINT_URL
-  value: {{ .endpointUrl | quote }}
+PERCH_PREDICTIONS_URL: {{ .predictionsUrl | quote }}
 {{- end }}
 {{- end }}
-{{- include "perch.objectStoreEnvironment" . }}
 {{- end }}

@@ -70,7 +70,7 @@ def _search_until(data, folder: Path, kill: str) -> None:
 
     # A resumed study has its finished trials behind it.
     journal = next(folder.glob("study-*.json"), None)
-    left[0] -= len(tuning._read_journal(journal)) if journal else 0
+    left[0] -= len(tuning.read_trials(journal)) if journal else 0
     setattr(tuning, name, killing)
     search(data, folder)
 

@@ -1,0 +1,137 @@
+"""The values for Airflow's own chart, by path: that chart is not here, but the images that they name are."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipelines.settings import Settings
+from tests.helm import rendering
+from tests.helm.rendering import NAMESPACE, PROJECT
+
+VALUES: dict[str, Any] = yaml.safe_load((PROJECT / "helm/airflow-values.yaml").read_text())
+DOCKERFILE = (PROJECT / "docker/airflow.Dockerfile").read_text()
+ENTRYPOINT = PROJECT / "docker/airflow-entrypoint.sh"
+ENVIRONMENT = {variable["name"]: variable["value"] for variable in VALUES["env"]}
+SECRETS = {known["envName"]: known for known in VALUES["secret"]}
+
+
+def _in_the_image(variable: str) -> str:
+    found = re.search(rf"^ +(?:ENV )?{variable}=(\S+)", DOCKERFILE, re.MULTILINE)
+    assert found, variable
+    return found[1]
+
+
+def test_airflow__its_version__is_the_images() -> None:
+    assert VALUES["airflowVersion"] == metadata.version("apache-airflow")
+    assert VALUES["executor"] == "KubernetesExecutor"
+
+
+def test_airflow__its_folders_and_user__are_the_images() -> None:
+    assert VALUES["airflowHome"] == _in_the_image("AIRFLOW_HOME")
+    assert VALUES["config"]["core"]["dags_folder"] == _in_the_image("AIRFLOW__CORE__DAGS_FOLDER")
+    assert f"USER {VALUES['uid']}:{VALUES['gid']}\n" in DOCKERFILE
+    assert not VALUES["dags"]["gitSync"]["enabled"]
+    assert not VALUES["dags"]["persistence"]["enabled"]
+
+
+def test_airflow__its_pods__are_locked_down_as_the_charts() -> None:
+    template = rendering.find(rendering.documents("production"), "Deployment", f"{rendering.RELEASE}-watchdog")
+    spec = template["spec"]["template"]["spec"]
+    assert VALUES["securityContexts"]["pod"] == spec["securityContext"]
+    (container,) = spec["containers"]
+    assert VALUES["securityContexts"]["containers"].items() <= container["securityContext"].items()
+    mounts = {mount["mountPath"]: mount["name"] for mount in VALUES["volumeMounts"]}
+    assert {"/var/lib/perch", "/tmp"} <= set(mounts)
+    assert set(mounts.values()) == {volume["name"] for volume in VALUES["volumes"]}
+
+
+@pytest.mark.parametrize("part", ["apiServer", "scheduler", "dagProcessor", "triggerer", "workers"])
+def test_airflow__each_part__asks_for_resources_and_has_a_bound(part: str) -> None:
+    for side in ("requests", "limits"):
+        assert set(VALUES[part]["resources"][side]) == {"cpu", "memory"}
+
+
+def test_airflow__options_of_its_configuration__exist() -> None:
+    from airflow.configuration import conf
+
+    known = conf.configuration_description
+    for section, options in VALUES["config"].items():
+        for option in options:
+            assert option in known[section]["options"], f"{section}.{option}"
+    module, _, name = VALUES["config"]["core"]["auth_manager"].rpartition(".")
+    assert hasattr(import_module(module), name)
+
+
+def test_airflow__settings_of_perch__exist_and_say_what_the_chart_says() -> None:
+    assert {name.removeprefix("PERCH_").lower() for name in ENVIRONMENT if name.startswith("PERCH")} <= set(
+        Settings.model_fields
+    )
+    assert ENVIRONMENT["PERCH_KUBERNETES_NAMESPACE"] == NAMESPACE
+    release = ENVIRONMENT["PERCH_KUBERNETES_RELEASE"]
+    found = rendering.render(rendering.values_of("production"), name=release)
+    settings = rendering.find(found, "ConfigMap", ENVIRONMENT["PERCH_POD_CONFIG_MAPS"])["data"]
+    for name in set(settings) & set(ENVIRONMENT):
+        assert ENVIRONMENT[name] == settings[name], name
+    accounts = {known["metadata"]["name"] for known in rendering.of_kind(found, "ServiceAccount")}
+    assert ENVIRONMENT["PERCH_POD_SERVICE_ACCOUNT"] in accounts
+    # The engine's steps in pods have the engine's account, whose name follows from the release.
+    assert f"{release}-engine" in accounts
+
+
+def test_airflow__in_production__may_do_what_its_tasks_do() -> None:
+    found = rendering.documents("production")
+    for name, parts in (("engine", {"worker"}), ("launcher", {"worker", "triggerer"})):
+        subjects = rendering.find(found, "RoleBinding", f"{rendering.RELEASE}-{name}")["subjects"]
+        assert {f"airflow-{part}" for part in parts} <= {subject["name"] for subject in subjects}
+
+
+def test_airflow__its_secrets__are_named_and_not_written_out() -> None:
+    values = yaml.safe_load((rendering.CHART / "values.yaml").read_text())
+    database, store = values["database"], values["objectStore"]["existingSecret"]
+    assert SECRETS["PERCH_DATABASE_URL"]["secretName"] == database["existingSecret"]
+    assert SECRETS["PERCH_DATABASE_URL"]["secretKey"] == database["key"]
+    assert {SECRETS[name]["secretName"] for name in SECRETS if name.startswith("AWS")} == {store}
+    # As variables of the steps' pods the Secrets' keys have to be the variables' names.
+    assert set(ENVIRONMENT["PERCH_POD_SECRETS"].split()) == {database["existingSecret"], store}
+    assert all(known["secretKey"] == name for name, known in SECRETS.items())
+    assert not any(
+        re.search("PASSWORD|SECRET|TOKEN|DATABASE_URL|KEY$", name) for name in ENVIRONMENT if "POD" not in name
+    )
+    for path in ("fernetKeySecretName", "apiSecretKeySecretName", "jwtSecretName"):
+        assert VALUES[path]
+        assert path.removesuffix("SecretName") not in VALUES
+    assert set(VALUES["data"]) == {"metadataSecretName"}
+
+
+@pytest.mark.parametrize(
+    ("words", "started"),
+    [
+        (("scheduler",), "airflow scheduler"),
+        (("airflow", "db", "check-migrations"), "airflow db check-migrations"),
+        (("bash", "-c", "exec airflow api-server"), "airflow api-server"),
+        (("python", "-m", "a.module"), "python -m a.module"),
+        ((), "airflow"),
+    ],
+    ids=lambda known: known if isinstance(known, str) else "",
+)
+def test_entrypoint__what_airflows_chart_gives__is_what_starts(
+    words: tuple[str, ...], started: str, tmp_path: Path
+) -> None:
+    """That chart sets arguments and no command, also where there is no value for one."""
+    for program in ("airflow", "python"):
+        (tmp_path / program).write_text(f'#!/bin/sh\necho {program} "$@"\n')
+        (tmp_path / program).chmod(0o755)
+    path = f"{tmp_path}:/usr/bin:/bin"
+    done = subprocess.run(
+        ["/bin/sh", ENTRYPOINT, *words], env={"PATH": path}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == started
+    assert f'ENTRYPOINT ["{ENTRYPOINT.name}"]' in DOCKERFILE
+    assert f"docker/{ENTRYPOINT.name} /opt/perch/bin/{ENTRYPOINT.name}" in DOCKERFILE

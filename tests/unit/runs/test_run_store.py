@@ -1,0 +1,140 @@
+"""A run's folder in a bucket of an S3-speaking server: what is replaced, by whom, and whose turn it is."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+from pipelines.errors import Refusal, TryLater
+from pipelines.runs.run_store import Conflict, Lease, RunStore
+from pipelines.settings import Settings
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    address = f"http://{host}:{port}"
+    boto3.client(
+        "s3", endpoint_url=address, aws_access_key_id="test", aws_secret_access_key="test", region_name="us-east-1"
+    ).create_bucket(Bucket="perch")
+    yield address
+    server.stop()
+
+
+@pytest.fixture
+def store(endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> RunStore:
+    for name, value in {"ACCESS_KEY_ID": "test", "SECRET_ACCESS_KEY": "test", "DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    settings = Settings(runs_url="s3://perch/team", s3_endpoint_url=endpoint)
+    return RunStore(settings, request.node.name.replace("[", "-").replace("]", ""))
+
+
+def test_store__object_put_once__is_put_by_one_alone(store: RunStore) -> None:
+    tag = store.put("opened.tar", b"mine", replaces=None)
+    with pytest.raises(Conflict):
+        store.put("opened.tar", b"theirs", replaces=None)
+    found = store.read("opened.tar")
+    assert found is not None
+    assert (found.content, found.tag) == (b"mine", tag)
+
+
+def test_store__object_replaced_by_another_meanwhile__is_not_overwritten(store: RunStore) -> None:
+    first = store.put("progress.tar", b"one", replaces=None)
+    store.put("progress.tar", b"two", replaces=first)
+    with pytest.raises(Conflict):
+        store.put("progress.tar", b"three, by who knows only one", replaces=first)
+    with pytest.raises(Conflict):
+        store.put("never-there.tar", b"", replaces=first)
+
+
+def test_store__answer_to_a_write_lost__is_taken_for_put_when_sent_again(store: RunStore) -> None:
+    tag = store.put("progress.tar", b"one", replaces=None)
+    assert store.put("progress.tar", b"one", replaces=None) == tag
+
+
+def test_store__names_and_files__are_the_runs_own(store: RunStore, tmp_path) -> None:
+    (tmp_path / "a.ckpt").write_bytes(b"weights")
+    store.upload("checkpoints/a.ckpt", tmp_path / "a.ckpt")
+    store.download("checkpoints/a.ckpt", tmp_path / "b.ckpt")
+    assert (tmp_path / "b.ckpt").read_bytes() == b"weights"
+    assert store.names("checkpoints/") == ["checkpoints/a.ckpt"]
+    store.remove("checkpoints/a.ckpt")
+    assert store.names("checkpoints/") == []
+    assert store.read("checkpoints/a.ckpt") is None
+    assert store.age_s("checkpoints/a.ckpt") == float("inf")
+
+
+def test_store__with_conditional_writes__is_accepted_twice(store: RunStore) -> None:
+    store.refuse_without_conditions()
+    store.refuse_without_conditions()
+
+
+def test_store__that_ignores_conditions__is_refused(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "put", lambda name, content, replaces: store.replace(name, content) or "tag")
+    with pytest.raises(Refusal, match="conditional writes"):
+        store.refuse_without_conditions()
+
+
+@pytest.mark.parametrize("url", ["/mnt/runs", "s3:///runs", "https://example.org/runs"])
+def test_store__address_of_no_bucket__is_refused(url: str) -> None:
+    with pytest.raises(Refusal, match="PERCH_RUNS_URL"):
+        RunStore(Settings(runs_url=url), "run")
+
+
+def test_store__no_server__may_be_tried_later(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    away = RunStore(Settings(runs_url="s3://perch", s3_endpoint_url="http://127.0.0.1:9"), "run")
+    with pytest.raises(TryLater, match="cannot be reached"):
+        away.read("opened.tar")
+
+
+def test_store__no_such_bucket__is_refused(store: RunStore, endpoint: str) -> None:
+    with pytest.raises(Refusal, match="NoSuchBucket"):
+        RunStore(Settings(runs_url="s3://nowhere", s3_endpoint_url=endpoint), "run").put("a", b"", replaces=None)
+
+
+def test_lease__held__is_waited_for_and_then_said_to_be(store: RunStore) -> None:
+    with Lease(store, "pod a").held(wait_s=0), pytest.raises(TryLater, match="worked on by pod a"):
+        Lease(store, "pod b")._take(wait_s=0)
+
+
+def test_lease__given_back__is_taken_at_once(store: RunStore) -> None:
+    with Lease(store, "pod a").held(wait_s=0):
+        pass
+    with Lease(store, "pod b").held(wait_s=0):
+        found = store.read("lease.json")
+        assert found is not None
+        assert json.loads(found.content)["holder"] == "pod b"
+
+
+def test_lease__of_a_killed_holder__is_taken_once_it_has_ended(store: RunStore) -> None:
+    Lease(store, "pod a", lease_s=2)._take(wait_s=0)  # and never renewed
+    started = time.monotonic()
+    with Lease(store, "pod b", lease_s=2).held(wait_s=10):
+        assert 0.5 <= time.monotonic() - started <= 6
+
+
+def test_lease__renewed__outlives_its_seconds(store: RunStore) -> None:
+    with Lease(store, "pod a", lease_s=2).held(wait_s=0):
+        time.sleep(3.5)
+        with pytest.raises(TryLater, match="pod a"):
+            Lease(store, "pod b", lease_s=2)._take(wait_s=0)
+
+
+def test_lease__taken_by_another_while_held_up__is_not_taken_back(store: RunStore) -> None:
+    held_up = Lease(store, "pod a", lease_s=1)
+    held_up._take(wait_s=0)
+    time.sleep(2.1)
+    with Lease(store, "pod b", lease_s=1).held(wait_s=5):
+        over = threading.Event()
+        held_up._renew(over)  # returns, as it is lost
+        found = store.read("lease.json")
+        assert found is not None
+        assert json.loads(found.content)["holder"] == "pod b"

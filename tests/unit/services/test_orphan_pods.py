@@ -1,0 +1,64 @@
+"""Which pods nobody waits for: told by their annotations and what Airflow says of their tasks."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from pipelines.services.orphan_pods import StepPod, find_orphans, read_pod
+
+NOW = datetime(2026, 11, 1, 3, tzinfo=UTC)
+
+
+def pod(name: str = "perch-x", *, tries: int = 1, age_s: float = 600, task: str = "model_training") -> StepPod:
+    return StepPod(name, NOW - timedelta(seconds=age_s), "ml_training_pipeline", "run 1", task, -1, tries)
+
+
+@pytest.mark.parametrize("state", ["success", "failed", "skipped", "upstream_failed", "removed"])
+def test_pod__of_a_task_that_has_ended__is_an_orphan(state: str) -> None:
+    (orphan,) = find_orphans([pod()], lambda _: state, NOW)
+    assert orphan.reason == f"its task has ended: {state}"
+
+
+@pytest.mark.parametrize("state", ["running", "deferred", "queued", "scheduled", "up_for_retry", "restarting", ""])
+def test_pod__of_a_task_that_may_go_on_with_it__stays(state: str) -> None:
+    assert find_orphans([pod()], lambda _: state, NOW) == []
+
+
+def test_pod__of_a_run_that_was_deleted__is_an_orphan() -> None:
+    (orphan,) = find_orphans([pod()], lambda _: None, NOW)
+    assert orphan.reason == "Airflow knows no such task"
+
+
+def test_pod__of_an_earlier_try__is_an_orphan_once_a_later_one_has_its_own() -> None:
+    pods = [pod("first"), pod("second", tries=2), pod("other", task="model_evaluation")]
+    assert [orphan.pod.name for orphan in find_orphans(pods, lambda _: "running", NOW)] == ["first"]
+
+
+def test_pod__just_made__is_left_alone() -> None:
+    assert find_orphans([pod(age_s=20)], lambda _: "failed", NOW) == []
+
+
+def test_pod__as_the_api_tells_it__is_read_by_its_annotations() -> None:
+    document: dict[str, Any] = {
+        "metadata": {
+            "name": "perch-trials-ab",
+            "creationTimestamp": "2026-11-01T02:50:00Z",
+            "annotations": {
+                "perch/dag-id": "ml_training_pipeline",
+                "perch/run-id": "manual__2026-11-01T02:00+00:00",
+                "perch/task-id": "trials",
+                "perch/map-index": "3",
+                "perch/try-number": "2",
+            },
+        }
+    }
+    read = read_pod(document)
+    assert read is not None
+    assert read.task == ("ml_training_pipeline", "manual__2026-11-01T02:00+00:00", "trials", 3)
+    assert read.created == NOW - timedelta(minutes=10)
+    document["metadata"]["deletionTimestamp"] = "2026-11-01T02:51:00Z"
+    assert read_pod(document) is None
+    assert read_pod({"metadata": {"name": "x", "creationTimestamp": "2026-11-01T02:50:00Z"}}) is None
