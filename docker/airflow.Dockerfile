@@ -25,7 +25,7 @@ LABEL org.opencontainers.image.title="perch-airflow" \
       org.opencontainers.image.revision="${GIT_SHA}"
 COPY --from=build /opt/perch /opt/perch
 COPY dvc.yaml params.yaml /opt/perch/project/
-COPY --chmod=755 docker/airflow-entrypoint.sh /opt/perch/bin/airflow-entrypoint.sh
+COPY docker/airflow-entrypoint.sh /opt/perch/bin/airflow-entrypoint.sh
 RUN ln -s /opt/perch/lib/python3.11/site-packages/pipelines /opt/perch/project/pipelines \
     && ln -s /opt/perch/lib/python3.11/site-packages/dags /opt/perch/project/dags \
     && mkdir -p /var/lib/perch && chown 10001:10001 /var/lib/perch
