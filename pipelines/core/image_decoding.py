@@ -17,7 +17,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from pipelines.core.contract import InputContract
-from pipelines.core.jpeg_markers import MalformedJpegError, count_scans
+from pipelines.core.jpeg_markers import MalformedJpegError, read_jpeg_markers
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP")
 
@@ -262,10 +262,10 @@ def _refuse_laborious_jpeg(data: bytes) -> None:
     if not data.startswith(b"\xff\xd8"):
         return
     try:
-        scans = count_scans(data, limit=MAX_JPEG_SCANS)
+        markers = read_jpeg_markers(data, max_scans=MAX_JPEG_SCANS)
     except MalformedJpegError as error:
         raise DecodingError(Reason.CORRUPT, str(error)) from None
-    if scans > MAX_JPEG_SCANS:
+    if markers.scans > MAX_JPEG_SCANS:
         raise DecodingError(Reason.CORRUPT, f"has more than {MAX_JPEG_SCANS} scans")
 
 

@@ -1,4 +1,4 @@
-"""How often a JPEG makes its decoder go over the image, from its markers alone.
+"""What a JPEG's markers say of its size and of the work of decoding it, without decoding anything.
 
 Markers are those of ITU-T T.81, table B.1; their segments are laid out in its annex B.2.
 """
@@ -6,6 +6,7 @@ Markers are those of ITU-T T.81, table B.1; their segments are laid out in its a
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 MAX_MARKERS = 10_000  # cameras write dozens; each costs a decoder in Python microseconds and memory
 
@@ -21,34 +22,58 @@ class MalformedJpegError(Exception):
     """The markers follow each other in no way that a JPEG's may."""
 
 
-def count_scans(data: bytes, *, limit: int) -> int:
-    """Count the passes over the coefficients, walking from marker to marker as far as a decoder would.
+@dataclass(frozen=True, slots=True)
+class JpegMarkers:
+    """What was found.
+
+    Attributes:
+        scans: passes over the coefficients.
+        width_px: of the frame; 0 where there is none.
+        height_px: of the frame.
+        sequential: whether it is Huffman-coded and not progressive: decoded in one pass if it has one scan.
+    """
+
+    scans: int
+    width_px: int
+    height_px: int
+    sequential: bool
+
+
+def read_jpeg_markers(data: bytes, *, max_scans: int) -> JpegMarkers:
+    """Walk from marker to marker, as far as a decoder would and is allowed to.
 
     Args:
         data: that starts with FF D8.
-        limit: after one more, the rest is not looked at.
+        max_scans: after one more, the rest is not looked at.
 
     Raises:
         MalformedJpegError: there are more than `MAX_MARKERS`.
     """
-    scans = 0
-    one_scan_of = b""  # so many components make the image whole: the decoder stops there, and most JPEGs are such
+    scans = width = height = 0
+    sequential = False
+    components = b""
     position = 2
     for _ in range(MAX_MARKERS):
         found = _NEXT_MARKER.search(data, position)
         if found is None:
-            return scans
+            break
         position = found.end()
         marker = data[position - 1]
         if marker == _END_OF_IMAGE:
-            return scans
+            break
         if marker in _WITHOUT_LENGTH:
             continue
         if marker in _FRAMES:
-            one_scan_of = data[position + 7 : position + 8] if marker in _SEQUENTIAL_HUFFMAN else b""
+            height = int.from_bytes(data[position + 3 : position + 5])
+            width = int.from_bytes(data[position + 5 : position + 7])
+            components = data[position + 7 : position + 8]
+            sequential = marker in _SEQUENTIAL_HUFFMAN
         elif marker == _START_OF_SCAN:
             scans += 1
-            if scans > limit or (one_scan_of and data[position + 2 : position + 3] == one_scan_of):
-                return scans
+            # Most JPEGs have all in one scan, and a decoder stops there; the other bytes need no search.
+            if scans > max_scans or (sequential and data[position + 2 : position + 3] == components):
+                break
         position += int.from_bytes(data[position : position + 2])
-    raise MalformedJpegError(f"has more than {MAX_MARKERS:,} markers")
+    else:
+        raise MalformedJpegError(f"has more than {MAX_MARKERS:,} markers")
+    return JpegMarkers(scans, width, height, sequential)

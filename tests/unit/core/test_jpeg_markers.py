@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipelines.core.jpeg_markers import MAX_MARKERS, MalformedJpegError, count_scans
+from pipelines.core.jpeg_markers import MAX_MARKERS, MalformedJpegError, read_jpeg_markers
 
 
 def encode(mode: str = "RGB", size: tuple[int, int] = (60, 40), **options: object) -> bytes:
@@ -27,45 +27,47 @@ def scan_of(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_count_scans__baseline__is_one(mode: str):
-    assert count_scans(encode(mode), limit=100) == 1
+def test_read_jpeg_markers__baseline__is_one_sequential_scan(mode: str):
+    markers = read_jpeg_markers(encode(mode), max_scans=100)
+    assert (markers.scans, markers.width_px, markers.height_px, markers.sequential) == (1, 60, 40, True)
 
 
-def test_count_scans__baseline_with_a_scan_repeated__counts_those_that_a_decoder_comes_to():
+def test_read_jpeg_markers__baseline_with_a_scan_repeated__counts_those_that_a_decoder_comes_to():
     data = encode("L")
     repeated = data[:-2] + scan_of(data) * 500 + data[-2:]
-    assert count_scans(repeated, limit=100) == 1
-    assert count_scans(interleaved_apart(repeated), limit=100) == 101
+    assert read_jpeg_markers(repeated, max_scans=100).scans == 1
+    assert read_jpeg_markers(interleaved_apart(repeated), max_scans=100).scans == 101
 
 
-def test_count_scans__progressive__counts_up_to_one_too_many():
+def test_read_jpeg_markers__progressive__counts_up_to_one_too_many():
     data = encode(progressive=True)
-    assert count_scans(data, limit=100) == 10
-    assert count_scans(data, limit=4) == 5
+    assert read_jpeg_markers(data, max_scans=100).scans == 10
+    assert read_jpeg_markers(data, max_scans=4).scans == 5
+    assert not read_jpeg_markers(data, max_scans=100).sequential
 
 
-def test_count_scans__progressive_with_all_components_in_its_first_scan__goes_on_counting():
+def test_read_jpeg_markers__progressive_with_all_components_in_its_first_scan__goes_on_counting():
     data = encode("L", progressive=True)
-    assert count_scans(data, limit=100) > 1
+    assert read_jpeg_markers(data, max_scans=100).scans > 1
 
 
-def test_count_scans__markers_in_a_comment_or_after_the_end__do_not_count():
+def test_read_jpeg_markers__markers_in_a_comment_or_after_the_end__do_not_count():
     data = encode(progressive=True, comment=b"\xff\xda" * 500) + b"\xff\xda" * 500
-    assert count_scans(data, limit=100) == 10
+    assert read_jpeg_markers(data, max_scans=100).scans == 10
 
 
-def test_count_scans__restart_markers__do_not_count():
+def test_read_jpeg_markers__restart_markers__do_not_count():
     data = encode(size=(400, 400), progressive=True, restart_marker_rows=1)
     assert b"\xff\xd0" in data
-    assert count_scans(data, limit=100) == 10
+    assert read_jpeg_markers(data, max_scans=100).scans == 10
 
 
-def test_count_scans__too_many_segments__is_malformed():
+def test_read_jpeg_markers__too_many_segments__is_malformed():
     data = encode()
     with pytest.raises(MalformedJpegError, match="10,000 markers"):
-        count_scans(data[:2] + b"\xff\xfe\x00\x02" * MAX_MARKERS + data[2:], limit=100)
+        read_jpeg_markers(data[:2] + b"\xff\xfe\x00\x02" * MAX_MARKERS + data[2:], max_scans=100)
 
 
 @given(st.binary(max_size=200))
-def test_count_scans__any_bytes__end_somewhere(data: bytes):
-    assert count_scans(b"\xff\xd8" + data, limit=3) <= 4
+def test_read_jpeg_markers__any_bytes__end_somewhere(data: bytes):
+    assert read_jpeg_markers(b"\xff\xd8" + data, max_scans=3).scans <= 4
