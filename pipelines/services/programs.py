@@ -14,6 +14,8 @@ from pipelines.services.secrets import ROLES, ensure_airflow_keys, passwords_fil
 from pipelines.settings import Settings
 
 HOST = "127.0.0.1"
+# In the environment of all that `perch up` starts.  PERCH_HOME would not do: people export it, to all that they run.
+SERVICES_OF = "PERCH_SERVICES_OF"
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,9 @@ def tool(name: str) -> str:
 
 
 def common_environment(settings: Settings, ports: Ports) -> dict[str, str]:
-    """Variables that every program gets; by PERCH_HOME `perch down` knows what belongs to it."""
+    """Variables that every program gets; by `SERVICES_OF` `perch down` knows what belongs to it."""
     return {
+        SERVICES_OF: str(settings.home),
         "PERCH_HOME": str(settings.home),
         "PERCH_PROJECT_DIR": str(settings.project_dir),
         "PERCH_MLFLOW_URI": ports.mlflow_uri,

@@ -34,6 +34,7 @@ from pipelines.release.local_target import LocalTarget
 from pipelines.release.supervision import supervisor_proxy, supervisor_socket
 from pipelines.services.programs import (
     HOST,
+    SERVICES_OF,
     Ports,
     Program,
     airflow_environment,
@@ -276,7 +277,8 @@ class Stack:
         return supervisor
 
     def _environment(self) -> dict[str, str]:
-        return {**os.environ, "PERCH_HOME": str(self.settings.home)}
+        home = str(self.settings.home)
+        return {**os.environ, "PERCH_HOME": home, SERVICES_OF: home}
 
     def _strays(self) -> Iterator[psutil.Process]:
         """What of ours still runs: by its environment, or, where a server has written its title over it, its folder."""
@@ -284,7 +286,7 @@ class Stack:
         for process in psutil.process_iter():
             try:
                 if process.pid not in own and (
-                    process.environ().get("PERCH_HOME") == str(self.settings.home)
+                    process.environ().get(SERVICES_OF) == str(self.settings.home)
                     or process.cwd() == str(self.working_folder.resolve())
                 ):
                     yield process
