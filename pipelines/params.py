@@ -490,7 +490,7 @@ def _nearest_key(location: tuple[str, ...]) -> str:
     for key in _dotted_keys(Params):
         places.setdefault(key.rpartition(".")[2], []).append(key)
     beside = [name for name, keys in places.items() if section + name in keys]
-    if near := get_close_matches(location[-1], beside, n=1):
+    if near := get_close_matches(location[-1], beside, n=1, cutoff=0.65):
         return section + near[0]
     near = get_close_matches(location[-1], places, n=1, cutoff=0.8)
     return " or ".join(places[near[0]]) if near else ""

@@ -78,9 +78,9 @@ class Workspace:
         return self.root / "staging"
 
     @property
-    def trials_file(self) -> Path:
-        """Tuning trials that ran side by side before the training, which it takes as given; none where none did."""
-        return self.root / "tuning" / "trials.json"
+    def tuning(self) -> Path:
+        """Folder with `trials.json`: trials that ran side by side before the training, which it takes as given."""
+        return self.root / "tuning"
 
     @property
     def checkpoints(self) -> Path:

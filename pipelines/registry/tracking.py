@@ -284,8 +284,9 @@ def _upload(mlflow: Mlflow, run_id: str, workspace: Workspace, stage: str, outco
     reference = workspace.reference / "reference.json"
     if reference.is_file():
         artifacts.log_artifact(str(reference))
-    if workspace.trials_file.is_file():
-        artifacts.log_artifact(str(workspace.trials_file), workspace.trials_file.parent.name)
+    trials = workspace.tuning / "trials.json"
+    if trials.is_file():
+        artifacts.log_artifact(str(trials), "tuning")
 
 
 def _record_data(mlflow: Mlflow, run: Run, workspace: Workspace) -> None:

@@ -81,8 +81,8 @@ def replay_run(settings: Settings, run_id: str, *, from_cache: bool, report: Cal
         replay.root.mkdir(parents=True)
         for name in (*_SNAPSHOT, "params.yaml", "reference"):
             _copy(recording.workspace.root / name, replay.root / name)
-        if recording.workspace.trials_file.is_file():  # runs of earlier versions have none
-            _copy(recording.workspace.trials_file.parent, replay.trials_file.parent)
+        if recording.workspace.tuning.is_dir():  # runs of earlier versions have none
+            _copy(recording.workspace.tuning, replay.tuning)
         write_dvc_config(replay, settings)
         stages = [node.name for node in read_stage_graph(replay.root / "dvc.yaml")]
         for stage in stages:

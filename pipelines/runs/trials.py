@@ -94,7 +94,7 @@ def collect(settings: Settings, run_id: str) -> int:
     def write(workspace: Workspace) -> int:
         with run_lock(workspace):
             trials = collect_trials(settings.tuning_url, study_name(workspace))
-            write_json(workspace.trials_file, {"trials": [asdict(trial) for trial in trials]})
+            write_json(workspace.tuning / "trials.json", {"trials": [asdict(trial) for trial in trials]})
         return len(trials)
 
     if not settings.runs_url:

@@ -176,7 +176,7 @@ def _fill(workspace: Workspace, settings: Settings, params: Params) -> None:
     shutil.copytree(code, workspace.root / "pipelines", ignore=_SNAPSHOT_IGNORE)
     shutil.copytree(settings.project_dir / "expectations", workspace.expectations)
     fetch_reference(settings, params, workspace.reference)
-    write_json(workspace.trials_file, {"trials": []})
+    write_json(workspace.tuning / "trials.json", {"trials": []})
     write_dvc_config(workspace, settings)
 
 

@@ -110,7 +110,7 @@ def _tune(
         folder=workspace.checkpoints,
         fingerprint=_fingerprint(params, settings, workspace),
         live_run=live_run,
-        given=read_trials(workspace.trials_file),
+        given=read_trials(workspace.tuning / "trials.json"),
     )
     write_trials(workspace.model / "trials.csv", settings, tuning.trials)
     return tuning.params, tuning.hyperparameters
@@ -203,7 +203,8 @@ def _fingerprint(params: Params, settings: ModelTrainingParams, workspace: Works
     """What checkpoints of this training are a function of."""
     from pipelines.modeling.fingerprint import fingerprint_training
 
-    trials = workspace.trials_file.read_text(encoding="utf-8") if workspace.trials_file.is_file() else ""
+    given = workspace.tuning / "trials.json"
+    trials = given.read_text(encoding="utf-8") if given.is_file() else ""
     return fingerprint_training(
         f"{params.seed} {settings.model_dump_json()} {trials}", workspace.splits, workspace.features
     )

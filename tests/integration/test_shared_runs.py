@@ -59,6 +59,7 @@ class Machine:
             "PERCH_RUNS_URL": f"s3://{bucket.name}/perch",
             "PERCH_S3_ENDPOINT_URL": bucket.meta.client.meta.endpoint_url,
             "PERCH_MLFLOW_URI": f"sqlite:///{mlflow}",
+            "PERCH_DATABASE_URL": f"sqlite:///{mlflow.with_name('ledger.db')}",
             "PERCH_POD_NAME": home.name,
             "PERCH_GIT_SHA": "0" * 40,
             "AWS_ACCESS_KEY_ID": "test",
