@@ -37,6 +37,7 @@ def _shown() -> dict[str, dict[str, set[str]]]:
     """Every series that the service shows: its name, its labels, and their values."""
     metrics = ServiceMetrics("digits", "3", "ab" * 32, ["0"])
     metrics.observe_request("/v1/predict", 200, 0.004)
+    metrics.observe_request("/v1/predict", 200, 0.004, is_probe=True)
     shown: dict[str, dict[str, set[str]]] = {}
     for family in text_string_to_metric_families(metrics.render().decode()):
         for sample in family.samples:

@@ -69,6 +69,8 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
                 metrics.observe_prediction("1", 0.97)
                 metrics.observe_request("/v1/predict", 200, 0.004)
             metrics.observe_request("/v1/predict", 415, 0.001, "unsupported-media")
+            metrics.observe_request("/v1/predict", 200, 0.004, is_probe=True)
+            metrics.observe_request("/v1/predict", 422, 0.001, "unreadable-image", is_probe=True)
             time.sleep(0.2)
         yield server
     finally:
