@@ -24,6 +24,7 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
+from pipelines.core.locking import hold
 from pipelines.core.results import write_json
 from pipelines.core.workspace import Workspace
 from pipelines.errors import PerchError, Refusal, TryLater
@@ -45,7 +46,7 @@ from pipelines.services.faulty_releases import (
     flip_byte,
     write_swapped_digits,
 )
-from pipelines.services.programs import Program, watchdog_program
+from pipelines.services.programs import SERVICES_OF, Program, watchdog_program
 from pipelines.services.rollouts import begin_release, find_rollout, open_world
 from pipelines.services.stack import Stack, choose_ports
 from pipelines.settings import Settings, get_settings
@@ -131,11 +132,12 @@ def run_faults(settings: Settings) -> None:
 
     Raises:
         PerchError: one was not stopped as it should have been, or a part did not work.
+        TryLater: another demo of faults has the home.
     """
     console = Console(highlight=False)
-    # `kill` must end the services as Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with _own_home(settings) as own:
+    with hold(settings.home / "faults.lock", wait_s=0), _own_home(settings) as own:
+        # `kill` must end the services as Ctrl-C does.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         shown = (
             own.home.relative_to(settings.project_dir) if own.home.is_relative_to(settings.project_dir) else own.home
         )
@@ -357,6 +359,7 @@ def _own_home(settings: Settings) -> Iterator[Settings]:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     own = {
         "PERCH_HOME": str(home),
+        SERVICES_OF: str(home),  # so that the next demo ends a training that this one, killed, leaves behind
         "PERCH_PROJECT_DIR": str(settings.project_dir),
         "PERCH_SERVING_FLUSH_INTERVAL_S": "2",  # agreement is read from what was kept
         "PERCH_SERVING_WORKERS": str(WORKERS),

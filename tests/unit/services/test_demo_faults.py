@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from pipelines.core.locking import hold
+from pipelines.errors import TryLater
 from pipelines.params import ModelReleaseParams, override
 from pipelines.release.rollout_state import Passage, RolloutState
 from pipelines.release.steps import PROMOTED, ROLLED_BACK, Plan
-from pipelines.services.demo_faults import LIMITS, Look, Stopped, _describe, describe_outcome, render_summary
+from pipelines.services.demo_faults import (
+    LIMITS,
+    Look,
+    Stopped,
+    _describe,
+    describe_outcome,
+    render_summary,
+    run_faults,
+)
 from pipelines.services.faulty_releases import CRASHES, ERRORS, FAULTS, LABELS, SLOW, TAMPERED
+from pipelines.settings import Settings
 from tests.unit.release.simulated_release import EPOCH, release
 
 LATENCY = "latency: p95 716 ms, 4 of 11 (36.4 %) slower than the limit of 500 ms, allowed 5 %"
@@ -134,3 +146,12 @@ def test_limits__of_the_demo__are_keys_of_a_release() -> None:
     params = ModelReleaseParams.model_validate(changed["model_release"])
     assert params.shadow
     assert params.max_error_rate == 0.02
+
+
+def test_run_faults__another_one_is_at_it__leaves_its_home_alone(tmp_path: Path) -> None:
+    (tmp_path / "faults").mkdir()
+    kept = tmp_path / "faults" / "ledger.db"
+    kept.write_bytes(b"of the first")
+    with hold(tmp_path / "faults.lock", wait_s=0), pytest.raises(TryLater, match="one at a time"):
+        run_faults(Settings(home=tmp_path))
+    assert kept.read_bytes() == b"of the first"
