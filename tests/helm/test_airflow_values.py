@@ -134,4 +134,5 @@ def test_entrypoint__what_airflows_chart_gives__is_what_starts(
     )
     assert done.stdout.strip() == started
     assert f'ENTRYPOINT ["{ENTRYPOINT.name}"]' in DOCKERFILE
+    assert f"!docker/{ENTRYPOINT.name}\n" in (PROJECT / ".dockerignore").read_text()
     assert f"docker/{ENTRYPOINT.name} /opt/perch/bin/{ENTRYPOINT.name}" in DOCKERFILE
