@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 from alembic.config import Config
 from alembic.script import ScriptDirectory
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, event, text
 
 from pipelines.core.hash_chain import Record, link
 from pipelines.errors import Refusal, TryLater
@@ -23,6 +26,8 @@ from pipelines.registry.rollout_table import RolloutTable
 from pipelines.registry.schema import HEAD, LEDGER, REVISIONS, ROLLOUTS, VERSION_TABLE, find_differences, is_guarded
 from pipelines.release.rollback import roll_back
 from pipelines.release.targets import Routing
+from pipelines.services.stack import _upgrade_own_database
+from pipelines.settings import Settings
 from tests.integration.postgresql_server import execute
 from tests.unit.release.simulated_release import MODEL, Simulation
 from tests.unit.release.test_engine import CANARY_10, advance_to
@@ -279,6 +284,57 @@ def test_upgrade__three_processes_at_once__is_applied_once(url: str, database: D
     assert ask(database, f"SELECT version_num FROM {VERSION_TABLE}") == [(HEAD,)]
     check_current(database)
     assert Ledger(url).entries() == old
+
+
+def upgrade_and_die(url: str, at: int) -> None:
+    """Upgrade in this process, which is killed before its statement number `at`."""
+    database, statements = Database(url), count(1)
+
+    @event.listens_for(database.engine, "before_cursor_execute")
+    def _die(*_: object) -> None:
+        if next(statements) == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    upgrade(database)
+
+
+def test_upgrade__killed_before_each_statement__is_whole_or_was_never_begun(url: str, tmp_path: Path) -> None:
+    for at in count(1, 1 if url.startswith("sqlite") else 4):
+        old = make_old(url)
+        process = multiprocessing.get_context("fork").Process(target=upgrade_and_die, args=(url, at))
+        process.start()
+        process.join(60)
+        database = Database(url)
+        if process.exitcode == 0:
+            check_current(database)
+            break
+        assert process.exitcode == -signal.SIGKILL
+        assert (read_schema(database).revision, tables(database)) == ("", {LEDGER})
+        upgrade(database)
+        check_current(database)
+        assert Ledger(url).entries() == old
+        database.close()
+        if database.kind == "postgresql":
+            execute(url, "DROP SCHEMA public CASCADE")
+            execute(url, "CREATE SCHEMA public")
+        for file in tmp_path.glob("ledger.db*"):
+            file.unlink()
+    assert at > 10
+
+
+@pytest.mark.services
+def test_up__database_of_an_older_perch__is_upgraded_where_it_is_this_machines_own(
+    tmp_path: Path, postgresql_url: str
+) -> None:
+    own = Settings(home=tmp_path, database_url="")
+    old = make_old(own.ledger_url)
+    _upgrade_own_database(own)
+    check_current(Database(own.ledger_url))
+    assert Ledger(own.ledger_url).entries() == old
+    servers = Settings(home=tmp_path, database_url=postgresql_url)
+    make_old(servers.ledger_url)
+    _upgrade_own_database(servers)
+    assert not read_schema(Database(servers.ledger_url)).revision
 
 
 def test_first_write__databases_of_two_homes_in_two_threads__do_not_meet(tmp_path: Path) -> None:
