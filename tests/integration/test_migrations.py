@@ -10,6 +10,7 @@ from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from alembic.config import Config
@@ -335,6 +336,29 @@ def test_up__database_of_an_older_perch__is_upgraded_where_it_is_this_machines_o
     make_old(servers.ledger_url)
     _upgrade_own_database(servers)
     assert not read_schema(Database(servers.ledger_url)).revision
+
+
+@pytest.mark.services
+def test_use__by_an_account_with_the_least_rights__works_and_cannot_rewrite(postgresql_url: str) -> None:
+    upgrade(Database(postgresql_url))
+    account = urlsplit(postgresql_url).path.strip("/") + "_app"
+    for right in (
+        f"CREATE ROLE {account} LOGIN",
+        f"GRANT SELECT ON {LEDGER}, {ROLLOUTS}, {VERSION_TABLE} TO {account}",
+        f"GRANT INSERT ON {LEDGER}, {ROLLOUTS} TO {account}",
+        f"GRANT UPDATE ON {ROLLOUTS} TO {account}",
+    ):
+        execute(postgresql_url, right)
+    url = postgresql_url.replace("//perch@", f"//{account}@")
+    row = append(url)
+    rollouts = RolloutTable(url)
+    found = rollouts.create("r", "m", {"step": "pending"}, now=1.0)
+    found = rollouts.take_lease("r", "a", lease_s=9, now=2.0)
+    rollouts.save(found, {"step": "shadow"}, is_open=True)
+    assert (Ledger(url).entries(), rollouts.list_current()[0].document) == ([row], {"step": "shadow"})
+    for change in (f"DELETE FROM {LEDGER}", f"ALTER TABLE {LEDGER} DISABLE TRIGGER ALL", f"DROP TABLE {ROLLOUTS}"):
+        with pytest.raises(Exception, match=r"permission denied|must be owner"):
+            execute(url, change)
 
 
 def test_first_write__databases_of_two_homes_in_two_threads__do_not_meet(tmp_path: Path) -> None:
