@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from airflow.providers.standard.hooks.subprocess import SubprocessHook
-from airflow.sdk import BaseOperator
+from airflow.sdk import BaseOperator, TriggerRule
 
 from dags.dag_support.perch_command import run_perch
 from dags.dag_support.stage_command import stage_timeout
@@ -32,14 +33,20 @@ def add_trials(stages: Sequence[StageNode], tasks: Mapping[str, BaseOperator]) -
     for stage in stages:
         if _INPUT not in stage.inputs:
             continue
-        plan = PlanTrialsOperator(task_id="plan_trials", doc_md="Say in how many shares the trials are done.")
+        plan = PlanTrialsOperator(
+            task_id="plan_trials",
+            execution_timeout=timedelta(minutes=15),
+            doc_md="Say in how many shares the trials are done.",
+        )
         share, collect = _operators()
-        run = share.partial(task_id="trials", doc_md="Run one share of the trials.").expand(share=plan.output)
+        # Of a mapped task, Airflow reads its limit there, and not where it is made.
+        limits = {"execution_timeout": stage_timeout("trials")}
+        run = share.partial(task_id="trials", doc_md="Run one share of the trials.", **limits).expand(share=plan.output)
         collected = collect(task_id="collect_trials", doc_md="Write what the trials found into the run.")
         for upstream in stage.upstream:
             tasks[upstream] >> plan
         run >> collected >> tasks[stage.name]
-        tasks[stage.name].trigger_rule = "none_failed"  # no shares are no reason to stop
+        tasks[stage.name].trigger_rule = TriggerRule.NONE_FAILED  # no shares are no reason to stop
 
 
 def _operators() -> tuple[type[BaseOperator], type[BaseOperator]]:
@@ -72,7 +79,7 @@ class TrialsOperator(CommandOperator):
     template_fields = ("share",)
 
     def __init__(self, *, share: dict[str, int], **kwargs: Any) -> None:
-        kwargs.setdefault("execution_timeout", stage_timeout("model_training"))
+        kwargs.setdefault("execution_timeout", stage_timeout("trials"))
         super().__init__(words=[], **kwargs)
         self.share = share
 

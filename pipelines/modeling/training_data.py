@@ -34,7 +34,8 @@ class LabelledImages:
     def __reduce__(self) -> tuple[Callable[..., LabelledImages], tuple[Any, ...]]:
         """Travel to another process as the file's name where the images are a memory map, and not as its content."""
         images: Any = self.images
-        if type(images) is np.memmap and type(images.base) is mmap.mmap:  # and no view of one
+        base: object = images.base
+        if isinstance(images, np.memmap) and isinstance(base, mmap.mmap):  # and no view of one
             place = (str(images.filename), images.dtype.str, images.offset, images.shape)
             return _map_again, (place, self.labels)
         return LabelledImages, (images, self.labels)

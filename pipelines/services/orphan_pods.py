@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from http import HTTPStatus
 from typing import Any
 from urllib.parse import quote
 
 from pipelines.errors import PerchError, TryLater
+from pipelines.release.kubernetes_api import CORE, ClusterApi
 from pipelines.services.airflow_access import open_airflow
 from pipelines.settings import Settings
 
@@ -76,24 +78,25 @@ def clean_pods(settings: Settings, *, dry_run: bool = False) -> list[Orphan]:
     Raises:
         TryLater: Airflow or the cluster does not answer; then nothing is removed on a guess.
     """
-    cluster = _Cluster(settings)
-    pods = [pod for document in cluster.pods() if (pod := read_pod(document)) is not None]
+    cluster = _Cluster(settings.kubernetes_namespace)
+    pods = [pod for document in cluster.list_pods(SELECTOR) if (pod := read_pod(document)) is not None]
     airflow = open_airflow(settings)
 
     def state_of(pod: StepPod) -> str | None:
         path = f"/dags/{quote(pod.dag_id)}/dagRuns/{quote(pod.run_id)}/taskInstances/{quote(pod.task_id)}"
         path += f"/{pod.map_index}" if pod.map_index >= 0 else ""
         status, body = airflow.call("GET", path)
-        if status == 404:
-            return None
-        if status != 200:
+        if status == HTTPStatus.NOT_FOUND:
+            # Another Airflow than the one that made the pod knows nothing of it either, and must not remove it.
+            return None if airflow.call("GET", f"/dags/{quote(pod.dag_id)}")[0] == HTTPStatus.OK else ""
+        if status != HTTPStatus.OK:
             raise PerchError(f"Airflow answered {status} to {path}: {str(body)[:300]}")
         return str(body["state"] or "")
 
     orphans = find_orphans(pods, state_of, datetime.now(UTC))
     if not dry_run:
         for orphan in orphans:
-            cluster.remove(orphan.pod.name)
+            cluster.remove_pod(orphan.pod.name)
     return orphans
 
 
@@ -141,55 +144,17 @@ def read_pod(document: Mapping[str, Any]) -> StepPod | None:
     )
 
 
-class _Cluster:
-    """The few calls of the Kubernetes API that this takes, by the rules of its official client."""
+class _Cluster(ClusterApi):
+    """The namespace of the steps' pods."""
 
-    def __init__(self, settings: Settings) -> None:
-        from kubernetes import client, config
-        from kubernetes.config.config_exception import ConfigException
+    def remove_pod(self, name: str) -> None:
+        """Remove a pod, with the time it needs to hand over; one that is gone is fine.
 
+        Raises:
+            TryLater: the API does not answer, or does not let this account do it.
+        """
         try:
-            config.load_config()
-        except ConfigException as error:
-            raise TryLater(f"Kubernetes: {error}\n  what to do: set KUBECONFIG, or run it in a pod") from error
-        self._namespace = settings.kubernetes_namespace or _own_namespace()
-        self._api = client.CoreV1Api()
-
-    def pods(self) -> list[dict[str, Any]]:
-        """Pods of steps, as documents."""
-        from kubernetes.client import ApiClient
-        from kubernetes.client.exceptions import ApiException
-        from urllib3.exceptions import HTTPError
-
-        try:
-            found = self._api.list_namespaced_pod(self._namespace, label_selector=SELECTOR, _request_timeout=30)
-        except (ApiException, HTTPError) as error:
-            raise TryLater(f"Kubernetes does not list the pods of {self._namespace}: {error}") from error
-        documents: list[dict[str, Any]] = ApiClient().sanitize_for_serialization(found.items)
-        return documents
-
-    def remove(self, name: str) -> None:
-        """Remove a pod, with the time it needs to hand over; one that is gone is fine."""
-        from kubernetes.client.exceptions import ApiException
-        from urllib3.exceptions import HTTPError
-
-        try:
-            self._api.delete_namespaced_pod(name, self._namespace, _request_timeout=30)
-        except ApiException as error:
-            if error.status != 404:
-                raise TryLater(f"Kubernetes does not remove pod {name}: {error}") from error
-        except HTTPError as error:
-            raise TryLater(f"Kubernetes does not answer: {error}") from error
-
-
-def _own_namespace() -> str:
-    """A pod's own namespace, else that of the kubeconfig's context."""
-    from pathlib import Path
-
-    from kubernetes import config
-
-    file = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-    if file.is_file():
-        return file.read_text(encoding="utf-8").strip()
-    _, active = config.list_kube_config_contexts()
-    return str(active["context"].get("namespace") or "default")
+            self._call("DELETE", f"/{CORE}/namespaces/{self.namespace}/pods/{name}")
+        except TryLater as error:
+            if getattr(error.__cause__, "status", None) != HTTPStatus.NOT_FOUND:
+                raise

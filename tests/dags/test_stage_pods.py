@@ -55,6 +55,9 @@ for name in ("ml_training_pipeline", "data_validation_pipeline", "pod_maintenanc
     dag = importlib.import_module(f"dags.{name}").dag
     dags[name] = {
         "edges": {task.task_id: sorted(task.upstream_task_ids) for task in dag.tasks},
+        "rules": {task.task_id: task.trigger_rule.value for task in dag.tasks},
+        "timeouts": [task.execution_timeout is not None for task in dag.tasks],
+        "mapped": [task.task_id for task in dag.tasks if task.is_mapped],
         "kinds": sorted({type(task).__name__ for task in dag.tasks}),
         "retries": [task.retries for task in dag.tasks],
         "schedule": getattr(dag.timetable, "expression", None),
@@ -83,8 +86,9 @@ def make_pod(stage: str, **kwargs: Any) -> dict[str, Any]:
     return document
 
 
-def parse(runner: str, tmp_path: Path) -> dict[str, Any]:
+def parse(runner: str, tmp_path: Path, **further: str) -> dict[str, Any]:
     environment = {**os.environ, "AIRFLOW_HOME": str(tmp_path), "PYTHONPATH": str(PROJECT), "PERCH_RUNNER": runner}
+    environment |= further
     completed = subprocess.run(
         [sys.executable, "-c", PARSE], env=environment, capture_output=True, text=True, cwd=PROJECT, check=False
     )
@@ -100,6 +104,34 @@ def test_dags__in_pods__have_the_same_tasks_edges_and_tries(tmp_path: Path) -> N
         assert here[name]["kinds"] == ["StageOperator"]
         assert pods[name]["kinds"] == ["StagePodOperator"]
     assert here["pod_maintenance"]["schedule"] != pods["pod_maintenance"]["schedule"] == "*/15 * * * *"
+
+
+@pytest.mark.parametrize("runner", ["local", "kubernetes"])
+def test_training_dag__with_a_database_for_trials__runs_them_side_by_side_before_the_training(
+    tmp_path: Path, runner: str
+) -> None:
+    dag = parse(runner, tmp_path, PERCH_TUNING_URL="postgresql+psycopg://db/tuning")["ml_training_pipeline"]
+    before = ["data_preprocessing", "feature_engineering"]
+    assert dag["edges"]["plan_trials"] == before
+    assert dag["edges"]["trials"] == ["plan_trials"]
+    assert dag["edges"]["collect_trials"] == ["trials"]
+    assert dag["edges"]["model_training"] == sorted([*before, "collect_trials"])
+    assert dag["rules"]["model_training"] == "none_failed"  # no shares are no reason to stop
+    assert dag["mapped"] == ["trials"]
+    assert all(dag["timeouts"])
+    assert all(retries >= 1 for retries in dag["retries"])
+
+
+def test_trials_pod__made_of_a_share__runs_that_share_with_what_training_asks_for() -> None:
+    from dags.dag_support.trial_pods import CollectTrialsPodOperator, TrialsPodOperator
+
+    run = TrialsPodOperator(task_id="trials", share={"share": 1, "of": 4})
+    container = run.build_pod_request_obj(CONTEXT, dry_run=True).spec.containers[0]
+    assert container.args == ["trials", "run", "--run", CONTEXT["run_id"], "--share", "1", "--of", "4"]
+    assert container.resources.limits["memory"] == "8192Mi"
+    collect = CollectTrialsPodOperator(task_id="collect_trials")
+    made = collect.build_pod_request_obj(CONTEXT, dry_run=True)
+    assert made.spec.containers[0].args == ["trials", "collect", "--run", CONTEXT["run_id"]]
 
 
 def test_pod__its_command__is_that_of_a_process() -> None:
