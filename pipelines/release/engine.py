@@ -215,6 +215,10 @@ class ReleaseEngine:
 
     def _watch(self, row: RolloutRow, state: RolloutState) -> RolloutState:
         world = self._world
+        # The gates first: a canary whose event loop is blocked keeps the question who is ready waiting.
+        looked, reading = look(world, state)
+        if reading.verdict == ROLL_BACK:
+            return self._roll_back(looked, reading.reason)
         actual = world.target.state()
         if (why := rollback.trouble(state, actual)) and rollback.may_pass(state, actual):
             world.pause(_GRACE_S)
@@ -223,9 +227,7 @@ class ReleaseEngine:
             why = rollback.trouble(state, world.target.state())
         if why:
             return self._roll_back(state, why)
-        state, reading = look(world, state)
-        if reading.verdict == ROLL_BACK:
-            return self._roll_back(state, reading.reason)
+        state = looked
         params = state.plan.params
         if state.blind_s > params.max_blind_s:
             why = f"the canary gave no metrics for {state.blind_s:.0f} s (limit: {params.max_blind_s:g} s)"

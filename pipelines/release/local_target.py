@@ -15,6 +15,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ _ROUTABLE_LIMIT_S = 10.0
 _CHANGE_LIMIT_S = 30.0  # Envoy may have to come back first
 _DEPLOYMENT_LIMIT_S = 120.0  # it ends a service first
 _ASK_LIMIT_S = 3.0
+_READY_LIMIT_S = 2.0  # a rollback takes less than 5 s, and may begin while somebody waits for this answer
 _RESERVE_BYTES = 256 * 1024  # a route table has some 20 KB
 _LOG_LINES = 15
 _MOST_STARTS = 5  # of a service that was not ready in between: some 20 s
@@ -80,7 +82,7 @@ class LocalTarget:
         plan, _ = self._in_force()
         return TargetState(
             slots={slot: deployment.release for slot, deployment in plan.slots.items()},
-            ready=frozenset(slot for slot, deployment in plan.slots.items() if self._is_ready(deployment)),
+            ready=self._find_ready(plan),
             routing=plan.routing,
         )
 
@@ -335,12 +337,19 @@ class LocalTarget:
 
     # Services.
 
+    def _find_ready(self, plan: Plan) -> frozenset[Slot]:
+        """Slots whose service takes requests, all asked at once: one that hangs does not hold up the others."""
+        slots = tuple(plan.slots)
+        with ThreadPoolExecutor(max_workers=len(Slot)) as pool:
+            answers = pool.map(self._is_ready, (plan.slots[slot] for slot in slots))
+        return frozenset(slot for slot, is_ready in zip(slots, answers, strict=True) if is_ready)
+
     def _is_ready(self, deployment: Deployment) -> bool:
         """Whether the service takes requests, and is that of this deployment rather than of the one before."""
         if read_starts(self._layout, deployment.process).get("digest") != deployment.release.digest:
             return False
         try:
-            status, _ = _get(self._layout.ports().slots[deployment.process].api, "/readyz")
+            status, _ = _get(self._layout.ports().slots[deployment.process].api, "/readyz", _READY_LIMIT_S)
         except OSError:
             return False
         return status == http.client.OK
@@ -360,8 +369,8 @@ def _count_workers(slot: Slot) -> int:
     return (int(asked) if asked.isdigit() else 0) or len(os.sched_getaffinity(0))
 
 
-def _get(port: int, path: str) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection(HOST, port, timeout=_ASK_LIMIT_S)
+def _get(port: int, path: str, limit_s: float = _ASK_LIMIT_S) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection(HOST, port, timeout=limit_s)
     try:
         connection.request("GET", path)
         response = connection.getresponse()

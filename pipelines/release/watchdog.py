@@ -96,22 +96,21 @@ class Watchdog:
         done = []
         for row in self._rows:
             state = from_document(row.document)
-            actual = self._world.target.state()
-            text = self._check_open(row, state, actual) if row.is_open else self._check_closed(row, state, actual)
+            text = self._check_open(row, state) if row.is_open else self._check_closed(row, state)
             if text:
                 done.append(text)
         for text in done:
             _log.warning(text)
         return done
 
-    def _check_open(self, row: RolloutRow, state: RolloutState, actual: TargetState) -> str:
+    def _check_open(self, row: RolloutRow, state: RolloutState) -> str:
         if state.step == ROLLED_BACK:
             with suppress(StaleRolloutError):
                 rollback.finish_rollback(self._world, row)
                 return f"{row.rollout_id}: finished a rollback"
             return ""
         known = self._unrecorded.get(row.rollout_id, "")
-        why = known or self._find_reason(row, state, actual)
+        why = known or self._find_reason(row, state)
         if not why or not self._is_still(row, state):
             return ""
         outcome = rollback.roll_back(self._world, row.model, reason=why, by=BY, only=row.rollout_id)
@@ -124,10 +123,21 @@ class Watchdog:
         self._alert(f"{row.model} v{state.release.version} rolled back", outcome.text)
         return outcome.text
 
-    def _find_reason(self, row: RolloutRow, state: RolloutState, actual: TargetState) -> str:
+    def _find_reason(self, row: RolloutRow, state: RolloutState) -> str:
         """Why a rollout has to be taken back now; empty where it may go on."""
-        if state.is_first or (actual.routing == Routing() and not state.step.is_watched):
-            return ""  # nothing to take away, or nowhere to take it to
+        if state.is_first:
+            return ""  # nowhere to take traffic to
+        seen = None
+        if state.settled and state.step.is_watched:
+            # Before the target says who is ready: a canary whose event loop is blocked keeps that question waiting.
+            key = (row.rollout_id, state.step.name)
+            seen, reading = look(self._world, replace(state, reading=self._readings.get(key, state.reading)))
+            self._readings[key] = reading
+            if reading.verdict == ROLL_BACK:
+                return reading.reason
+        actual = self._world.target.state()
+        if actual.routing == Routing() and not state.step.is_watched:
+            return ""  # nothing to take away
         limit_s = state.plan.params.abandoned_after_s
         silence_s = self._silence_s(row)
         if silence_s > limit_s:
@@ -135,16 +145,11 @@ class Watchdog:
         given, has = 100 if state.step == PROMOTED else state.step.percent, actual.routing.canary_percent
         if has > given:
             return f"the canary has {has} % of the traffic, {state.step.name} gives {given} %"
-        if not state.settled:
+        if seen is None:
             return ""
         if why := self._lasting_trouble(row, state, actual):
             return why
-        key = (row.rollout_id, state.step.name)
-        seen, reading = look(self._world, replace(state, reading=self._readings.get(key, state.reading)))
-        self._readings[key] = reading
-        if reading.verdict == ROLL_BACK:
-            return reading.reason
-        return self._blindness(row, seen, is_blind=not reading.gates)
+        return self._blindness(row, seen)
 
     def _lasting_trouble(self, row: RolloutRow, state: RolloutState, actual: TargetState) -> str:
         why = rollback.trouble(state, actual)
@@ -155,8 +160,8 @@ class Watchdog:
         self._trouble_since.pop(row.rollout_id, None)
         return why
 
-    def _blindness(self, row: RolloutRow, state: RolloutState, *, is_blind: bool) -> str:
-        if not is_blind:
+    def _blindness(self, row: RolloutRow, state: RolloutState) -> str:
+        if state.reading and state.reading.gates:
             self._blind_since.pop(row.rollout_id, None)
             return ""
         limit_s = state.plan.params.max_blind_s
@@ -164,10 +169,11 @@ class Watchdog:
         blind_s = self._monotonic() - since
         return f"the canary gave no metrics for {blind_s:.0f} s (limit: {limit_s:g} s)" if blind_s > limit_s else ""
 
-    def _check_closed(self, row: RolloutRow, state: RolloutState, actual: TargetState) -> str:
+    def _check_closed(self, row: RolloutRow, state: RolloutState) -> str:
         """What is over must leave no traffic to a canary, and what was taken back must be written down."""
         if any(other.is_open and other.model == row.model for other in self._rows):
             return ""
+        actual = self._world.target.state()
         stable, canary = actual.slots.get(Slot.STABLE), actual.slots.get(Slot.CANARY)
         interrupted = rollback.is_interrupted_rollback(state, actual)
         has_traffic = actual.routing != Routing() and stable is not None and canary and canary.model == row.model

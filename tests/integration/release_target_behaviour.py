@@ -29,7 +29,7 @@ from pipelines.release.artifact_store import open_store
 from pipelines.release.bento import build_release
 from pipelines.release.keys import signing_key
 from pipelines.release.publishing import publish_release
-from pipelines.release.service_code import find_service_code
+from pipelines.release.service_code import ServiceCode, find_service_code
 from pipelines.release.targets import ReleaseRef, ReleaseTarget, Routing, Slot, SlotCounters
 from pipelines.services.secrets import ensure_demo_key
 from pipelines.settings import Settings
@@ -115,12 +115,12 @@ class TargetRig(ABC):
         target.route(Routing())
 
 
-def make_release(settings: Settings, stage: Path, version: str) -> ReleaseRef:
-    """A signed release of the staged model under another version, in the home's store."""
+def make_release(settings: Settings, stage: Path, version: str, code: ServiceCode | None = None) -> ReleaseRef:
+    """A signed release of the staged model under another version, in the home's store; by default with our code."""
     manifest = ReleaseManifest.model_validate_json((stage / RELEASE_FOLDER / MANIFEST_FILE).read_text())
     manifest = manifest.model_copy(update={"version": version})
     draft = settings.home / f"draft-{version}"
-    build_release(manifest, stage / RELEASE_FOLDER / MODEL_FILE, find_service_code(), draft)
+    build_release(manifest, stage / RELEASE_FOLDER / MODEL_FILE, code or find_service_code(), draft)
     digest = hash_file(draft)
     file = draft.rename(draft.with_name(release_name(digest)))
     store = open_store(settings)

@@ -1,32 +1,41 @@
-"""Faults of a rollout's database under traffic: locked by another writer, and asked for two releases at once."""
+"""Faults of a rollout under traffic: a locked database, two releases at once, a canary that answers nobody."""
 
 from __future__ import annotations
 
 import sqlite3
 import threading
 import time
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 
+import httpx
 import pytest
 
 from pipelines.errors import PerchError
 from pipelines.registry.ledger import Ledger
-from pipelines.release.engine import ReleaseEngine, ReleaseRequest
+from pipelines.release.engine import ROLL_BACK, ReleaseEngine, ReleaseRequest, look
+from pipelines.release.gates import Gates
 from pipelines.release.rollback import roll_back
 from pipelines.release.rollout_state import from_document
-from pipelines.release.steps import ROLLED_BACK, Plan
+from pipelines.release.steps import ROLLED_BACK, SHADOW, Plan
 from pipelines.release.targets import ReleaseRef, Routing, Slot
+from pipelines.services.faulty_releases import Fault, faulty_code
+from tests.integration.release_target_behaviour import make_release
 from tests.integration.test_local_target import Rig, rig, settled  # noqa: F401 - fixtures
 from tests.integration.test_rollout import (  # noqa: F401 - fixtures
     CANARY_30,
     EVIDENCE,
     PARAMS,
     Scene,
+    open_scene,
     predictions_are_kept_at_once,
     scene,
 )
 
 pytestmark = pytest.mark.services
 
+BLOCKS = Fault("blocks", "holds its event loop for 0.6 s at each image", "latency", code="time.sleep(0.6)")
 _LOCKED_S = 8.0  # longer than the watchdog waits for the database, and than a rollback may take
 
 
@@ -97,3 +106,43 @@ def test_begin__two_releases_of_a_model_at_once__one_begins_and_the_other_is_ref
     is_open = [row.rollout_id for row in scene.world.rollouts.list_rollouts(third.model) if row.is_open]
     assert is_open == [begun[0].rollout_id]
     assert scene.rig.target.state().routing == Routing()
+
+
+def test_rollout__canary_blocks_its_event_loop__loses_its_copies_within_five_seconds_of_the_breach(
+    settled: Rig,  # noqa: F811 - the fixture
+    staged_release: Path,
+) -> None:
+    with faulty_code(BLOCKS) as code:
+        blocking = make_release(settled.settings, staged_release, "3", code)
+    with open_scene(settled, blocking) as scene, settled.traffic() as traffic:  # noqa: F811
+        state = scene.run_to(SHADOW)
+        assert state.step == SHADOW, state.reason
+        mover = threading.Thread(target=lambda: scene.run_to(ROLLED_BACK), daemon=True)
+        mover.start()
+        world, target = replace(scene.world, judge=Gates()), settled.target
+        canary = settled.target.slot_url(Slot.CANARY)
+        sound_at = ready_at = began = time.monotonic()
+        # By Envoy's routes alone: the whole state waits for the canary that hangs.
+        while target._in_force()[0].routing != Routing():
+            if look(world, state)[1].verdict != ROLL_BACK:
+                sound_at = time.monotonic()
+            with suppress(httpx.TransportError):
+                httpx.get(f"{canary}/readyz", timeout=0.3)
+                ready_at = time.monotonic()
+            assert time.monotonic() - began < 60
+            time.sleep(0.1)
+        moved_at = time.monotonic()
+        mover.join(60)
+        traffic.wait_for(50)
+    row = scene.world.rollouts.read(scene.rollout.rollout_id)
+    assert row is not None
+    final = from_document(row.document)
+    # Whichever sees it first: too many slow answers, or none to the question whether it takes requests.
+    assert (final.step, final.reason.partition(":")[0] in {"latency", "crashes"}) == (ROLLED_BACK, True), final.reason
+    assert moved_at - sound_at < 5
+    assert moved_at - ready_at < 10
+    assert traffic.failed == []
+    print(
+        f"canary blocks its event loop ({final.reason.partition(':')[0]}): no copies {moved_at - sound_at:.1f} s after "
+        f"the last look that found no breach, {moved_at - ready_at:.1f} s after it last answered"
+    )

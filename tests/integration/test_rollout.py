@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
@@ -22,7 +23,7 @@ from pipelines.release.policy import PromotionPolicy
 from pipelines.release.rollback import roll_back
 from pipelines.release.rollout_state import RolloutState
 from pipelines.release.steps import PROMOTED, ROLLED_BACK, Phase, Plan, Step
-from pipelines.release.targets import Routing, Slot
+from pipelines.release.targets import ReleaseRef, Routing, Slot
 from pipelines.release.watchdog import Watchdog
 from pipelines.release.world import World
 from tests.integration.release_target_behaviour import TargetRig
@@ -81,17 +82,18 @@ class Scene:
         return time.monotonic() - began
 
 
-@pytest.fixture
-def scene(settled: TargetRig) -> Iterator[Scene]:  # noqa: F811
-    """The first release serves, the second has been approved; the watchdog runs."""
-    (settled.settings.home / "ledger.db").unlink(missing_ok=True)
-    target, settings = settled.target, settled.settings
+@contextmanager
+def open_scene(rig: TargetRig, release: ReleaseRef, params: ModelReleaseParams = PARAMS) -> Iterator[Scene]:  # noqa: F811
+    """The first release serves, another has been approved; the watchdog runs."""
+    (rig.settings.home / "ledger.db").unlink(missing_ok=True)
+    target, settings = rig.target, rig.settings
     target.remove(Slot.CANARY)
     answers, aliases, alerts = RecordedAnswers(), SimulatedAliases(), []
 
     def compare(state: RolloutState) -> object:
         since = datetime.fromtimestamp(state.entered_at, UTC)
-        return compare_answers(open_predictions(settings), state.release.model, "1", "2", since)
+        versions = rig.first.version, release.version
+        return compare_answers(open_predictions(settings), state.release.model, *versions, since)
 
     world = World(
         target=target,
@@ -104,16 +106,25 @@ def scene(settled: TargetRig) -> Iterator[Scene]:  # noqa: F811
         evidence=lambda release, plan: EVIDENCE,
         judge=Gates(compare),
     )
-    request = ReleaseRequest(settled.second, settled.first, "scheduler", EVIDENCE)
-    rollout = ReleaseEngine(world, "beginner").begin(request, Plan(PARAMS))
+    request = ReleaseRequest(release, rig.first, "scheduler", EVIDENCE)
+    rollout = ReleaseEngine(world, "beginner").begin(request, Plan(params))
     answers.answers.append(Response("approver", datetime.now(UTC), True, EVIDENCE, "fine"))
     of_watchdog = replace(world, rollouts=world.glance, judge=Gates(compare))
     watchdog, stop = Watchdog(of_watchdog, lambda title, text: alerts.append(text)), threading.Event()
     thread = threading.Thread(target=watchdog.run, args=(stop, 0.5))
     thread.start()
-    yield Scene(settled, world, aliases, rollout, alerts)
-    stop.set()
-    thread.join()
+    try:
+        yield Scene(rig, world, aliases, rollout, alerts)
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.fixture
+def scene(settled: TargetRig) -> Iterator[Scene]:  # noqa: F811
+    """The second release has been approved."""
+    with open_scene(settled, settled.second) as scene:
+        yield scene
 
 
 def test_rollout__good_release_under_traffic__is_promoted_then_taken_back_and_no_request_fails(scene: Scene) -> None:

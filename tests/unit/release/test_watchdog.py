@@ -68,6 +68,27 @@ def test_check__gate_is_breached__weight_is_zero_at_the_next_look(scene: Scene, 
     assert len(scene.alerts) == 1
 
 
+@pytest.mark.parametrize("by", ["watchdog", "engine"])
+def test_breach__canary_that_keeps_the_question_who_is_ready_waiting__loses_its_traffic_first(
+    scene: Scene, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene.target.behave(2, error_rate=0.1)
+    scene.pass_time()
+    target, asked, ask = scene.target, [], scene.target.state
+
+    def state() -> TargetState:
+        asked.append(target.slots.routing)
+        return ask()
+
+    monkeypatch.setattr(target, "state", state)
+    if by == "watchdog":
+        assert scene.watchdog.check()
+    else:
+        scene.mover.advance(scene.rollout.rollout_id)
+    assert set(asked) == {Routing()}, "asked only once the traffic had moved"
+    assert scene.now.step == ROLLED_BACK
+
+
 def test_check__good_release__is_left_alone_to_its_end(tmp_path: Path) -> None:
     scene = Scene(tmp_path)
     for _ in range(60):
