@@ -153,6 +153,7 @@ def test_shared_run__asked_to_end__gives_the_run_back_at_once(machine) -> None:
     assert time.monotonic() - started < 30  # a lease that nobody gave back would be waited for
 
 
+@pytest.mark.slow
 def test_shared_run__step_that_refuses__says_so_to_whoever_asks_later(machine) -> None:
     here = machine()
     process = here.start("data_ingestion", "--run", here.run_id, "--set", "data_ingestion.source=/no/such/folder")
