@@ -237,4 +237,6 @@ def test_stage_graph__outputs__have_one_producer_and_lie_in_the_workspace() -> N
     assert not any(Path(out).is_absolute() or ".." in Path(out).parts for out in outs)
     inputs = {dep for stage in STAGES.values() for dep in _paths(stage["deps"])}
     without_producer = {dep for dep in inputs if not _lies_in(dep, "pipelines")} - set(outs)
-    assert without_producer == {"reference", "expectations", "tuning"}, "laid out when a run opens; a stage makes all else"
+    assert without_producer == {"reference", "expectations", "tuning"}, (
+        "laid out when a run opens; a stage makes all else"
+    )
