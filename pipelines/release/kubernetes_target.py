@@ -131,18 +131,18 @@ class KubernetesTarget:
         """What Prometheus has of the slot's pods, and crashes by their status; None where that is nothing or old."""
         if not self._settings.prometheus_url:
             return None
-        record, _ = self._read()
-        deployment = record.plan.slots.get(slot)
-        if deployment is None:
-            return None
-        digest, now = deployment.release.digest, time.time()
-        started_at = record.deployed_at.get(deployment.process, now)
-        name = object_name(self._release, deployment.process)
-        query = counters_query(self._api.namespace, name, digest, age_s=now - started_at)
-        pods = pods_of.with_release(pods_of.current(self._pods(), deployment.process), digest)
         try:
+            record, _ = self._read()
+            deployment = record.plan.slots.get(slot)
+            if deployment is None:
+                return None
+            digest, now = deployment.release.digest, time.time()
+            started_at = record.deployed_at.get(deployment.process, now)
+            name = object_name(self._release, deployment.process)
+            query = counters_query(self._api.namespace, name, digest, age_s=now - started_at)
+            pods = pods_of.with_release(pods_of.current(self._pods(), deployment.process), digest)
             known = read_answer(ask_prometheus(self._settings.prometheus_url, query, _ASK_LIMIT_S))
-        except (OSError, ValueError):
+        except (TryLater, OSError, ValueError):
             return None
         ready = {pod["metadata"]["name"]: since for pod in pods if (since := pods_of.ready_since(pod)) is not None}
         taken_at = oldest_sample(known, ready, now=time.time(), max_age_s=_MAX_AGE_S) if known else None
