@@ -38,9 +38,9 @@ format: env ## Format and mend what can be mended
 	$(BIN)/ruff check --fix .
 
 test: env ## All tests that CI runs (real Airflow, MLflow, PostgreSQL included)
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow and not cluster"
 test-unit: env ## The fast tests
-	$(BIN)/pytest -m "not slow and not services"
+	$(BIN)/pytest -m "not slow and not services and not cluster"
 test-slow: env ## The long ones
 	$(BIN)/pytest -m slow
 cluster-test: env ## Releases on a real Kubernetes that is started for it (root; skipped where it cannot be)
