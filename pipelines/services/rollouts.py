@@ -278,7 +278,15 @@ def _compare_answers(settings: Settings, state: RolloutState) -> MirrorWindow | 
 
 
 def _require_probe_images(settings: Settings, release: ReleaseRef) -> None:
-    """Refuse a release whose forecast would count on a prober that has nothing to send."""
+    """Refuse a release whose forecast would count on a prober that is not there, or has nothing to send."""
+    if settings.target == "kubernetes":
+        # The services' keys are a Secret there, and the clients' door is outside of what the watchdog may reach.
+        raise Refusal(
+            "model_release.probe_requests_per_s",
+            "is above 0",
+            limit="0 on a cluster, where there is no prober",
+            way_out="begin with --set model_release.probe_requests_per_s=0, and send requests",
+        )
     if not staged_probes(settings, release.model, release.version, release.digest):
         raise Refusal(
             f"the prober of {release.model} v{release.version}",
