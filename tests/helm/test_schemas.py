@@ -58,6 +58,11 @@ def test_chart__by_helms_lint__is_clean(environment: str) -> None:
     assert report["errors"] in (None, [])
 
 
+def test_chart__by_a_bare_helm_lint__is_clean() -> None:
+    """`helm lint helm/perch` knows no tag, and only warns of values that are missing."""
+    assert helm_lint(CHART)["errors"] in (None, [])
+
+
 @each_environment
 def test_objects__of_one_installation__have_names_of_their_own_and_its_labels(environment: str) -> None:
     found = rendering.documents(environment)
