@@ -150,6 +150,7 @@ def other_ranks(job: RankJob) -> Iterator[None]:
     """
     threads = torch.get_num_threads()
     before = {name: os.environ.get(name) for name in _SHARED_VARIABLES}
+    on_sigterm = signal.getsignal(signal.SIGTERM)  # Lightning does not give it back where its own end fails
     others = _Others([_start(replace(job, rank=replace(job.rank, number=n))) for n in range(1, job.rank.world)])
     torch.set_num_threads(job.threads)
     try:
@@ -162,6 +163,8 @@ def other_ranks(job: RankJob) -> Iterator[None]:
     finally:
         others.end()
         torch.set_num_threads(threads)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         for name, value in before.items():

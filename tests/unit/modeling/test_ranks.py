@@ -91,6 +91,7 @@ def test_train__another_rank_killed__may_be_tried_later_and_does_not_hang(traini
     with pytest.raises(TryLater, match=r"rank 1 of the training was ended .SIGKILL."):
         train(training_data, PARAMS, seed=7, observers=[KillAnotherRank()])
     assert time.monotonic() - started < 60
+    assert signal.getsignal(signal.SIGTERM) != ranks._end
     assert not torch.distributed.is_initialized()
 
 
