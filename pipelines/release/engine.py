@@ -288,8 +288,9 @@ class ReleaseEngine:
                 if world.clock() - state.entered_at > state.plan.params.ready_timeout_s:
                     return self._roll_back(state, f"it did not become ready: {error}")
                 raise
+        self._require_own(row)
         if state.step.phase is Phase.PROMOTED:
-            self._promote(state, is_promoted=is_promoted)
+            self._promote(row, state, is_promoted=is_promoted)
         else:
             self._append("traffic", state, state.step_evidence)
             world.target.route(state.step.routing)
@@ -300,7 +301,17 @@ class ReleaseEngine:
         world.rollouts.save(row, settled.to_document(), is_open=not settled.step.is_last)
         return settled
 
-    def _promote(self, state: RolloutState, *, is_promoted: bool) -> None:
+    def _require_own(self, row: RolloutRow) -> None:
+        """Before the ledger, which has no lease: what waited for a slot may have been rolled back meanwhile.
+
+        Raises:
+            StaleRolloutError: somebody else wrote the row, or holds its lease.
+        """
+        now = self._required(row.rollout_id)
+        if (now.revision, now.token) != (row.revision, row.token):
+            raise StaleRolloutError(f"{row.rollout_id}: somebody else moved this release meanwhile")
+
+    def _promote(self, row: RolloutRow, state: RolloutState, *, is_promoted: bool) -> None:
         """Route, then ledger, then aliases."""
         world, release = self._world, state.release
         if state.is_first:
@@ -310,6 +321,7 @@ class ReleaseEngine:
             self._append("traffic", state, evidence)
         if not is_promoted:
             world.target.promote()
+            self._require_own(row)
         self._append("promoted", state, state.step_evidence)
         previous = state.champion.version if state.champion else None
         world.aliases.move(release.model, {"champion": release.version, "previous": previous})

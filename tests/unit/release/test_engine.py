@@ -346,6 +346,34 @@ class Keeping:
         return getattr(self._target, name)
 
 
+def test_advance__engine_hangs_in_the_promotion_until_a_rollback__records_no_promotion(world: Simulation) -> None:
+    rollout = world.begin()
+    world.answer()
+    advance_to(world, rollout.rollout_id, Step(Phase.CANARY, 100))
+    engine = world.engine()
+    engine._world = replace(world.world(), target=Hanging(world))
+    for _ in range(6):
+        world.tick()
+        state = engine.advance(rollout.rollout_id)
+    assert state.step == ROLLED_BACK
+    assert "promoted v2" not in world.events()
+    world.check_back_on(1)
+
+
+class Hanging:
+    """A target that promotes only when a rollback has come and gone, and its canary with it."""
+
+    def __init__(self, world: Simulation) -> None:
+        self._world = world
+
+    def promote(self) -> None:
+        roll_back(self._world.world(), MODEL, reason="watchdog", by="watchdog")
+        self._world.target.promote()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._world.target, name)
+
+
 def test_advance__traffic_was_taken_away_by_somebody__is_not_given_back(world: Simulation) -> None:
     rollout = world.begin()
     world.answer()
