@@ -1,4 +1,4 @@
-"""What breaks on a cluster while a canary has traffic: the API server; clients notice nothing."""
+"""What breaks on a cluster while a canary has traffic: the API server, pods; clients notice nothing."""
 
 from __future__ import annotations
 
@@ -28,21 +28,17 @@ def killed(cluster: Cluster, program: str) -> Iterator[None]:
         if (known.info["cmdline"] or [])[1:2] == [program] and known.cwd() == str(cluster.run)
     )
     command, folder, environment = process.cmdline(), process.cwd(), process.environ()
-    in_node = program in {"kubelet", "kube-proxy"}
     process.kill()
     try:
-        # What has another parent than this process stays as a zombie until that one looks.
+        # It stays as a zombie until whoever started it looks.
         wait_until(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE, 10)
         yield
     finally:
-        init = (cluster.run / "pids/nodeinit").read_text().strip()
-        inside = ["nsenter", "--target", init, "--net", "--mount", "--pid"] if in_node else []
         with (cluster.run / f"log/{program}.again.log").open("ab") as log:
             again = subprocess.Popen(
-                [*inside, *command], cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
+                command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
             )
-        if program == "kube-apiserver":
-            (cluster.run / "pids/apiserver").write_text(str(again.pid))
+        (cluster.run / "pids" / program.removeprefix("kube-")).write_text(str(again.pid))
 
 
 def test_api_server__killed_at_half_of_the_traffic__clients_notice_nothing_and_nothing_is_forgotten(
@@ -69,3 +65,44 @@ def test_api_server__killed_at_half_of_the_traffic__clients_notice_nothing_and_n
     after = target.state()
     assert (after.slots, after.ready, after.routing) == (before.slots, before.ready, Routing())
     assert settled.identities() == services
+
+
+def test_canary__its_pod_deleted_under_traffic__another_one_follows_and_no_request_fails(
+    settled: KubernetesRig,
+) -> None:
+    target = settled.target
+    target.route(Routing(50))
+    before = settled.observe(Slot.CANARY)
+    (old,) = [pod["metadata"]["name"] for pod in settled.pods(settled.process_of(Slot.CANARY))]
+    with settled.traffic() as traffic:
+        traffic.wait_for(50)
+        settled.cluster.kubectl(
+            "delete", "pod", old, f"--namespace={settled.settings.kubernetes_namespace}", "--wait=false"
+        )
+        wait_until(
+            lambda: Slot.CANARY in target.state().ready and len(settled.pods(settled.process_of(Slot.CANARY))) == 1
+        )
+        traffic.wait_for(100)
+    assert traffic.failed == []
+    after = settled.observe(Slot.CANARY)
+    assert after.crashes == before.crashes  # somebody asked for it
+    assert after.requests >= before.requests  # what the first one counted is not forgotten
+
+
+def test_stable__two_pods_and_one_deleted_under_traffic__no_request_fails(settled: KubernetesRig) -> None:
+    target, namespace = settled.target, f"--namespace={settled.settings.kubernetes_namespace}"
+    process = settled.process_of(Slot.STABLE)
+    settled.cluster.kubectl("scale", "deployment", f"perch-{process}", "--replicas=2", namespace)
+    try:
+        target.wait_ready(Slot.STABLE, 90)
+        time.sleep(3)  # for the gateway to find the second one healthy
+        with settled.traffic() as traffic:
+            traffic.wait_for(50)
+            one = settled.pods(process)[0]["metadata"]["name"]
+            settled.cluster.kubectl("delete", "pod", one, namespace, "--wait=false")
+            target.wait_ready(Slot.STABLE, 90)
+            traffic.wait_for(100)
+        assert traffic.failed == []
+        assert share(traffic.since(0), "1") == 1
+    finally:
+        settled.cluster.kubectl("scale", "deployment", f"perch-{process}", "--replicas=1", namespace)
