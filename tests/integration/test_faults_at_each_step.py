@@ -1,7 +1,6 @@
 """Each part of a release killed at each step of a rollout, under traffic: what it ends as, and what clients saw.
 
 Engine and watchdog are processes of their own here; services, Envoy, MLflow, database and gates are the real ones.
-Airflow's scheduler and triggerer are killed in `test_release_in_airflow`.
 """
 
 from __future__ import annotations
