@@ -1,11 +1,15 @@
 """Two processes train one network together on CPUs: the same bits each time, and neither outlives the other."""
 
+import multiprocessing
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import time
+import traceback
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -17,7 +21,7 @@ from pipelines.errors import EXIT_TRY_LATER, Refusal, TryLater
 from pipelines.modeling import preconditions, ranks
 from pipelines.modeling.data_module import BatchSampler
 from pipelines.modeling.lit_module import Loss
-from pipelines.modeling.training import Resumption, train
+from pipelines.modeling.training import Resumption, Training, train
 from pipelines.modeling.training_data import LabelledImages, TrainingData
 from pipelines.modeling.weights import hash_weights
 from pipelines.params import ModelTrainingParams, SmallCNNParams
@@ -59,40 +63,83 @@ def rank_processes() -> list[psutil.Process]:
     return [child for child in children if "pipelines.modeling.training_rank" in child.cmdline()]
 
 
+class Trained(NamedTuple):
+    """What is compared of a training."""
+
+    records: list[dict[str, float]]
+    best: dict[str, float]
+    weights: str
+
+    @classmethod
+    def by(cls, training: Training) -> "Trained":
+        return cls(training.history.records, training.history.best, hash_weights(training.network))
+
+
+def apart(work: Callable[[], Any]) -> Any:
+    """Call it in a forked process: the transport's threads outlive a training, and other tests fork, which may hang."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def call() -> None:
+        try:
+            sender.send((work(), ""))
+        except BaseException:  # noqa: BLE001 - the process that waits raises it
+            sender.send((None, traceback.format_exc()))
+
+    process = context.Process(target=call)
+    process.start()
+    sender.close()
+    value, failure = receiver.recv()
+    process.join()
+    assert not failure, failure
+    return value
+
+
 @pytest.fixture(scope="module")
-def together(training_data):
-    return train(training_data, PARAMS, seed=7)
+def together(training_data) -> Trained:
+    def work() -> Trained:
+        trained = Trained.by(train(training_data, PARAMS, seed=7))
+        assert rank_processes() == []
+        assert not torch.distributed.is_initialized()
+        return trained
+
+    return apart(work)
 
 
 def test_train__by_two_processes__learns_as_one_does(training_data, together):
-    alone = train(training_data, PARAMS.model_copy(update={"devices": 1}), seed=7)
-    assert together.history.best["val/accuracy"] > 0.9
-    assert together.history.best["val/accuracy"] == pytest.approx(alone.history.best["val/accuracy"], abs=0.05)
+    alone = Trained.by(train(training_data, PARAMS.model_copy(update={"devices": 1}), seed=7))
+    assert together.best["val/accuracy"] > 0.9
+    assert together.best["val/accuracy"] == pytest.approx(alone.best["val/accuracy"], abs=0.05)
     # Before the first step both see the same images with the same weights; what differs is how a batch is normalised.
-    assert together.history.records[0]["train/loss"] == pytest.approx(alone.history.records[0]["train/loss"], rel=0.15)
-    assert [record["lr"] for record in together.history.records] == [record["lr"] for record in alone.history.records]
-    assert rank_processes() == []
-    assert not torch.distributed.is_initialized()
+    assert together.records[0]["train/loss"] == pytest.approx(alone.records[0]["train/loss"], rel=0.15)
+    assert [record["lr"] for record in together.records] == [record["lr"] for record in alone.records]
 
 
 def test_train__by_two_processes_ended_and_started_again__same_weights_bit_for_bit(training_data, together, tmp_path):
     resumption = Resumption(tmp_path / "training.ckpt", "same inputs")
-    with pytest.raises(InterruptedError):
-        train(training_data, PARAMS, seed=7, resumption=resumption, observers=[EndAfter(0)])
-    assert rank_processes() == []
-    assert [file.name for file in tmp_path.iterdir()] == ["training.ckpt"]
-    training = train(training_data, PARAMS, seed=7, resumption=resumption)
-    assert training.history.records == together.history.records
-    assert hash_weights(training.network) == hash_weights(together.network)
+
+    def work() -> Trained:
+        with pytest.raises(InterruptedError):
+            train(training_data, PARAMS, seed=7, resumption=resumption, observers=[EndAfter(0)])
+        assert rank_processes() == []
+        assert [file.name for file in tmp_path.iterdir()] == ["training.ckpt"]
+        return Trained.by(train(training_data, PARAMS, seed=7, resumption=resumption))
+
+    trained = apart(work)
+    assert trained.records == together.records
+    assert trained.weights == together.weights
 
 
 def test_train__another_rank_killed__may_be_tried_later_and_does_not_hang(training_data):
+    def work() -> None:
+        with pytest.raises(TryLater, match=r"rank 1 of the training was ended .SIGKILL."):
+            train(training_data, PARAMS, seed=7, observers=[KillAnotherRank()])
+        assert signal.getsignal(signal.SIGTERM) != ranks._end
+        assert not torch.distributed.is_initialized()
+
     started = time.monotonic()
-    with pytest.raises(TryLater, match=r"rank 1 of the training was ended .SIGKILL."):
-        train(training_data, PARAMS, seed=7, observers=[KillAnotherRank()])
+    apart(work)
     assert time.monotonic() - started < 60
-    assert signal.getsignal(signal.SIGTERM) != ranks._end
-    assert not torch.distributed.is_initialized()
 
 
 def test_train__another_rank_that_never_comes__ends_the_process(training_data, monkeypatch, capfd):
