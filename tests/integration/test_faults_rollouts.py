@@ -108,6 +108,7 @@ def test_begin__two_releases_of_a_model_at_once__one_begins_and_the_other_is_ref
     assert scene.rig.target.state().routing == Routing()
 
 
+@pytest.mark.slow  # the order of questions that it rests on has a unit test
 def test_rollout__canary_blocks_its_event_loop__loses_its_copies_within_five_seconds_of_the_breach(
     settled: Rig,  # noqa: F811 - the fixture
     staged_release: Path,

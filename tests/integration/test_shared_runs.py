@@ -104,6 +104,7 @@ def machine(bucket: Any, tmp_path: Path, empty_mlflow_database: Path, request: p
     return make
 
 
+@pytest.mark.slow
 def test_shared_run__second_machine__finds_what_the_first_did_and_does_it_not_again(machine, bucket: Any) -> None:
     first, second = machine(), machine()
     first.do("data_ingestion")
