@@ -22,6 +22,7 @@ from tests.cluster.kubernetes_cluster import HOST_SEEN_FROM_PODS, Cluster, why_n
 from tests.cluster.kubernetes_rig import KubernetesRig, make_bucket, prometheus
 from tests.integration.conftest import staged_release  # noqa: F401 - a fixture of these tests too
 from tests.integration.release_target_behaviour import PROJECT, make_release
+from tests.missing_parts import miss
 
 NAMESPACE = "perch"
 IMAGE, ARCHIVE = os.environ.get("PERCH_SERVING_IMAGE", ""), os.environ.get("PERCH_SERVING_ARCHIVE", "")
@@ -53,7 +54,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """An API server with controllers and a scheduler; no pod ever runs."""
     if reason := why_not():
-        pytest.skip(reason)
+        miss("no Kubernetes can be started here", reason)
     cluster = Cluster(tmp_path_factory.mktemp("control-plane") / "run", node=False)
     try:
         cluster.start()
@@ -66,9 +67,9 @@ def control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]
 def cluster() -> Iterator[Cluster]:
     """A cluster of one node, which has the image of the service."""
     if reason := why_not():
-        pytest.skip(reason)
+        miss("no Kubernetes can be started here", reason)
     if not IMAGE:
-        pytest.skip("PERCH_SERVING_IMAGE and PERCH_SERVING_ARCHIVE name no image: `make cluster-test` makes one")
+        miss("PERCH_SERVING_IMAGE and PERCH_SERVING_ARCHIVE name no image", "`make cluster-test` makes one")
     cluster = Cluster(_NODE_RUN, node=True)
     _PHASES.end("tests without a node")
     try:
