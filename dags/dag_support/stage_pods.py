@@ -6,6 +6,7 @@ name of its pod, says how it ended.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -74,9 +75,9 @@ class PodCommandOperator(KubernetesPodOperator):
         )
         self.step = step
 
+    @abstractmethod
     def perch_words(self, context: Context) -> list[str]:
         """The command's words after `perch`."""
-        raise NotImplementedError
 
     def build_pod_request_obj(self, context: Context | None = None, *, dry_run: bool = False) -> k8s.V1Pod:
         """The pod, with this try's command and the names by which it is found again."""

@@ -37,22 +37,12 @@ from pipelines.services.secrets import api_keys_file
 from tests.integration import release_target_behaviour
 from tests.integration.release_target_behaviour import TargetRig, make_release
 from tests.integration.test_local_target import rig, settled  # noqa: F401 - fixtures
-from tests.integration.test_rollout import EVIDENCE, Scene
+from tests.integration.test_rollout import EVIDENCE, PARAMS, Scene
 from tests.unit.release.simulated_release import RecordedAnswers, SimulatedAliases
 
 pytestmark = pytest.mark.services
 
-# As in test_rollout: a few hundred requests must do.
-PARAMS = ModelReleaseParams(
-    canary_percents=[30, 100],
-    min_step_s=1,
-    max_step_s=60,
-    max_error_rate=0.05,
-    min_agreement=0.8,
-    abandoned_after_s=20,
-    lease_s=3,
-    probe_requests_per_s=150,
-)
+PROBED = PARAMS.model_copy(update={"max_step_s": 60, "abandoned_after_s": 20, "probe_requests_per_s": 150})
 Begin = Callable[..., Scene]
 
 
@@ -98,7 +88,7 @@ def begin(settled: TargetRig) -> Iterator[Begin]:  # noqa: F811
         staged = {"release_sha256": release.digest, "probes_sha256": archive}
         world.ledger.append("staged", model=release.model, version=release.version, evidence=staged, key="staged")
         request = ReleaseRequest(release, settled.first, "scheduler", EVIDENCE)
-        params = ModelReleaseParams(**{**PARAMS.model_dump(), **changes})
+        params = ModelReleaseParams(**{**PROBED.model_dump(), **changes})
         rollout = ReleaseEngine(world, "beginner").begin(request, Plan(params))
         answers.answers.append(Response("approver", datetime.now(UTC), True, EVIDENCE, "fine"))
         thread.start()
