@@ -31,6 +31,15 @@ from pipelines.params import Params, check_params, override
 
 HERE = Path(__file__).parent
 FILE = "pneumoniamnist.npz"
+# Images by split and class in the published file: 0 is normal, 1 pneumonia.
+COUNTS = {
+    ("train", "0"): 1214,
+    ("train", "1"): 3494,
+    ("val", "0"): 135,
+    ("val", "1"): 389,
+    ("test", "0"): 234,
+    ("test", "1"): 390,
+}
 CONFIDENCE = 0.95
 # Yang et al., Scientific Data 2023 (arXiv 2110.14795): AUC and accuracy on the same test split.
 PUBLISHED = {
@@ -60,6 +69,12 @@ def prepare(source: Path, workspace: Workspace) -> None:
 
     for stage in (data_ingestion, data_preprocessing, feature_engineering):
         print(f"  {stage.__name__.rsplit('.', 1)[-1]:<20}  {stage.run(load(source, 0), workspace).summary}", flush=True)
+        if stage is data_ingestion:
+            rows = pd.concat(
+                pd.read_parquet(file, columns=["given_split", "label"]) for file in workspace.raw.glob("*.parquet")
+            )
+            if (found := rows.value_counts().to_dict()) != COUNTS:
+                raise RuntimeError(f"{source} is not the published data set: {found}, and not {COUNTS}")
 
 
 def train_and_test(source: Path, prepared: Path, root: Path, seed: int) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 import hashlib
 import io
-import os
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -105,26 +103,3 @@ def test_ingest__npz__keeps_its_splits_and_leaves_no_copy_behind(tmp_path, inges
     manifest = ingest_to("data.npz").manifest
     assert manifest.labels == {"0": 5, "1": 5}
     assert not list((tmp_path / "home").rglob("*.npy"))
-
-
-@pytest.fixture
-def pneumonia() -> Path:
-    """The published file, which no package holds: whoever has it names its folder."""
-    named = os.environ.get("PERCH_TEST_DATA", "")
-    file = Path(named or Path(__file__).parents[5] / "shared" / "data") / "pneumoniamnist.npz"
-    if not file.is_file():
-        assert not named, f"PERCH_TEST_DATA names {named}, which holds no {file.name}"
-        pytest.skip(f"PERCH_TEST_DATA names no folder with {file.name}")
-    return file
-
-
-def test_list_items__pneumoniamnist__has_the_published_counts(pneumonia, tmp_path):
-    items = NpzSource(pneumonia, None, tmp_path, name="pneumoniamnist.npz").list_items()
-    assert Counter((item.given_split, item.label) for item in items) == {
-        ("train", "0"): 1214,
-        ("train", "1"): 3494,
-        ("val", "0"): 135,
-        ("val", "1"): 389,
-        ("test", "0"): 234,
-        ("test", "1"): 390,
-    }
