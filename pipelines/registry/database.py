@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import sqlite3
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +92,7 @@ def _create_engine(url: str, kind: str, wait_s: float) -> Engine:
     @event.listens_for(engine, "connect")
     def _prepare(connection: Any, _record: object) -> None:
         connection.isolation_level = None  # the driver would begin transactions by itself, and too late
-        connection.execute("PRAGMA journal_mode=WAL")
+        _write_ahead(connection, wait_s)
         connection.execute("PRAGMA synchronous=FULL")
 
     @event.listens_for(engine, "begin")
@@ -98,6 +100,25 @@ def _create_engine(url: str, kind: str, wait_s: float) -> Engine:
         connection.exec_driver_sql(connection.get_execution_options().get("perch_begin", "BEGIN"))
 
     return engine
+
+
+def _write_ahead(connection: Any, wait_s: float) -> None:
+    """Switch the file to a write-ahead log, once in its life.
+
+    SQLite waits for other writers with its busy handler, but not here: of two processes that both read a new file's
+    header and want to change it, one must give way, so it is told "database is locked" at once.
+    """
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError as error:
+            busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY  # the low byte, below its extended codes
+            if not busy or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+        else:
+            return
 
 
 def _create_postgresql_engine(url: str, limit_s: int) -> Engine:
