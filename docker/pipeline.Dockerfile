@@ -3,18 +3,27 @@
 #   docker build --file docker/pipeline.Dockerfile --build-arg GIT_SHA="$(git rev-parse HEAD)" .
 ARG BASE=docker.io/library/python:3.11-slim-bookworm
 
-FROM ${BASE} AS build
+FROM ${BASE} AS packages
 COPY docker/install.sh /build/
 COPY docker/pipeline.lock /build/requirements.lock
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf,required=false sh /build/install.sh /build/requirements.lock
+RUN sh /build/install.sh --compile
+
+FROM packages AS project
 COPY pyproject.toml README.md LICENSE /build/source/
 COPY pipelines /build/source/pipelines
 COPY serving /build/source/serving
 COPY dags /build/source/dags
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf,required=false sh /build/install.sh --project /build/source
 RUN sh /build/install.sh --compile
+RUN mkdir /build/own && cd /opt/perch \
+    && cp -a --parents bin/perch lib/python3*/site-packages/perch-* lib/python3*/site-packages/pipelines \
+    lib/python3*/site-packages/serving lib/python3*/site-packages/dags /build/own
 
 FROM ${BASE}
+# What is large and seldom changes comes first: whoever builds, pushes or pulls the next commit has this layer already.
+COPY --from=packages /opt/perch /opt/perch
+COPY --from=project /build/own /opt/perch
 ARG GIT_SHA=unknown
 ARG VERSION=0
 LABEL org.opencontainers.image.title="perch-pipeline" \
@@ -22,8 +31,6 @@ LABEL org.opencontainers.image.title="perch-pipeline" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${GIT_SHA}"
-COPY --from=build /opt/perch /opt/perch
-# The stage graph, the parameters and the suites are the project's, and a run copies them into its workspace.
 COPY dvc.yaml params.yaml /opt/perch/project/
 COPY expectations /opt/perch/project/expectations
 RUN ln -s /opt/perch/lib/python3.11/site-packages/pipelines /opt/perch/project/pipelines \
