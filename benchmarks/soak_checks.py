@@ -178,8 +178,9 @@ class Evidence:
         unasked = "FROM requests ANTI JOIN allowed USING (kind, status) WHERE"
         at_kill = "(status IN (?, 503) AND due_s + latency_ms / 1000 BETWEEN ? AND ?)"
         window = [BROKEN, kill.start_s, kill.end_s]
-        rows = self._rows(
-            f"SELECT kind, status, count(*) {unasked} NOT {at_kill} GROUP BY ALL ORDER BY ALL",
+        rows = self._rows(  # the capacity is found by asking for too much
+            f"SELECT kind, status, count(*) {unasked} NOT {at_kill} AND NOT (status = 503 AND phase = 'capacity') "
+            "GROUP BY ALL ORDER BY ALL",
             window,
         )
         overloaded = self._number(f"SELECT count(*) {unasked} status = 503 AND {at_kill}", window)

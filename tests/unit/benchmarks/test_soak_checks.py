@@ -127,6 +127,12 @@ def test_evidence__what_a_kill_may_cost__is_allowed(tmp_path: Path) -> None:
     assert [check for check in story.checks(tmp_path).values() if not check.held] == []
 
 
+def test_evidence__turned_away_while_the_capacity_was_looked_for__is_allowed(tmp_path: Path) -> None:
+    story = Story()
+    story.requests.append([-5.0, "PNG", "capacity", 503, 10.0, 0.1, "too many"])
+    assert [check for check in story.checks(tmp_path).values() if not check.held] == []
+
+
 def test_fit_slope__warm_up_then_flat__is_flat() -> None:
     times = np.arange(100.0)
     slope = fit_slope("server", list(times), list(np.minimum(200, 100 + 5 * times)))
