@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from pipelines.core.workspace import Workspace
 from pipelines.params import Params
@@ -17,6 +18,10 @@ from pipelines.settings import Settings, get_settings
 
 MakeRun = Callable[..., Workspace]
 MountSmallDisk = Callable[[int], Path]
+
+# The same examples each time, however busy the machine: `--hypothesis-profile=default` looks for new ones.
+settings.register_profile("repeatable", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("repeatable")
 
 
 @pytest.fixture
