@@ -62,4 +62,4 @@ def test_live_run__no_run_in_the_environment__does_nothing(monkeypatch):
     with LiveRun.from_environment() as live_run:
         live_run.log_epoch(1, {"val/loss": 0.5})
         live_run.log_trial(TRIAL)
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 10

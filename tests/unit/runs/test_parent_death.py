@@ -31,12 +31,15 @@ def test_die_with_parent_if_asked__parent_killed__ends_only_a_process_that_was_a
         assert parent.stdout
         child = psutil.Process(int(parent.stdout.readline()))
         parent.kill()
-    deadline = time.monotonic() + 5
-    while (
-        child.is_running() and child.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline and not survives
-    ):
-        time.sleep(0.05)
-    alive = child.is_running() and child.status() != psutil.STATUS_ZOMBIE
+    until = time.monotonic() + (0.3 if survives else 20)
+    while is_alive(child) and time.monotonic() < until:
+        time.sleep(0.02)
+    alive = is_alive(child)
     if alive:
         child.kill()
     assert alive is survives
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it runs; in a container nobody may have taken note of its end."""
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE

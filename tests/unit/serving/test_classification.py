@@ -126,7 +126,7 @@ def test_run__work_that_takes_too_long__is_a_503_and_what_waits_behind_it_never_
     async def both() -> None:
         async def expect_late(name: str) -> None:
             with pytest.raises(Problem) as caught:
-                await classifier.run(lambda: (begun.append(name), release.wait(5)))
+                await classifier.run(lambda: (begun.append(name), release.wait(60)))
             assert caught.value.kind is OUT_OF_TIME
             assert caught.value.headers["Retry-After"] == "1"
 
@@ -135,7 +135,7 @@ def test_run__work_that_takes_too_long__is_a_503_and_what_waits_behind_it_never_
 
     started = time.monotonic()
     asyncio.run(both())
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 30
     assert begun == ["first"]
     classifier.close()
 

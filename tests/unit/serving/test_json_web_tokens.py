@@ -294,7 +294,7 @@ def issuer() -> Iterator[_Issuer]:
 
 
 def _until(condition: Any) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -342,13 +342,13 @@ def test_remote_keys__issuer_silent__answers_at_once_that_it_is_not_ready(monkey
     import socket
 
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and never answers
-        monkeypatch.setattr(json_web_tokens, "FETCH_TIMEOUT_S", 0.2)
+        monkeypatch.setattr(json_web_tokens, "FETCH_TIMEOUT_S", 30.0)
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
         started = time.monotonic()
         verifier = TokenVerifier(address, AUDIENCE, RemoteKeySource(address, ""), rate_per_s=1)
         with pytest.raises(Problem) as caught:
             verifier.verify(_token())
-        assert time.monotonic() - started < 0.1
+        assert time.monotonic() - started < 10
         assert caught.value.kind is NOT_READY
         assert caught.value.headers["Retry-After"] == "2"
 

@@ -182,11 +182,11 @@ def test_line_writer__nobody_reads_the_pipe__requests_go_on_and_the_process_ends
             started = time.perf_counter()
             writer.write(line)
             slowest_s = max(slowest_s, time.perf_counter() - started)
-        assert slowest_s < 0.2  # a blocking write would never come back
+        assert slowest_s < 5  # a blocking write would never come back
         assert 3_500 < writer.lines_dropped < 4_500
         started = time.perf_counter()
         writer.close()
-        assert time.perf_counter() - started < 2
+        assert time.perf_counter() - started < 10
     finally:
         os.close(reader)  # which ends the thread that hangs in write()
         time.sleep(0.05)

@@ -127,11 +127,11 @@ def test_render__what_is_counted_elsewhere__is_caught_up_with(metrics: ServiceMe
     assert _value(text, "perch_log_lines_dropped_total") == 5
 
 
-def test_start__prediction_log_fills__others_see_it_within_two_seconds(start_worker: type[Worker]) -> None:
+def test_start__requests_are_under_way__other_workers_show_them_soon(start_worker: type[Worker]) -> None:
     one, other = start_worker(), start_worker()
     one.do("metrics.start()")
     one.do("metrics.in_flight(3)")
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while _value(other.render(), "perch_requests_in_flight") != 3:
         assert time.monotonic() < deadline
         time.sleep(0.1)

@@ -39,7 +39,7 @@ def kept(root: Path, kind: str = "predictions") -> list[str]:
     return [entry for file in files for entry in parquet.read_table(file)["prediction_id"].to_pylist()]
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 10) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline
