@@ -17,7 +17,7 @@ def test_predictions_path__any_names__are_read_back(model: str, version: str, da
     assert parse_path(path) == PredictionFile(path, day, FIRST, LAST, model, version)
 
 
-def test_feedback_path__is_read_back() -> None:
+def test_feedback_path__of_a_file__is_read_back() -> None:
     path = feedback_path(date(2026, 11, 20), FIRST, LAST, JOURNAL)
     assert parse_path(path) == PredictionFile(path, date(2026, 11, 20), FIRST, LAST)
 

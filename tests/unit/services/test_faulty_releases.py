@@ -126,7 +126,7 @@ def test_faulty_code__of_a_fault_that_is_not_the_service_s__answers_as_the_sound
         assert answers(code.root, model, SOUND_IMAGES + 20) == ["quick"] * (SOUND_IMAGES + 20)
 
 
-def test_sound_images__lie_between_what_staging_asks_and_what_the_shortest_step_brings() -> None:
+def test_sound_images__their_number__lies_between_what_staging_asks_and_the_shortest_step_brings() -> None:
     # Golden images one by one, the timed ones, and a few that are refused.
     staging = _STAGING["deploy_to_staging.golden_images"] + _STAGING["deploy_to_staging.latency_requests"] + 20
     assert staging < SOUND_IMAGES
@@ -151,7 +151,7 @@ def test_flip_byte__of_a_release__changes_one_byte_and_forgets_what_was_fetched(
     assert not fetched.exists()
 
 
-def test_write_swapped_digits__hold_every_digit_some_under_another_name(tmp_path: Path) -> None:
+def test_write_swapped_digits__all_digits__are_held_some_under_another_name(tmp_path: Path) -> None:
     write_swapped_digits(tmp_path)
     source = DigitsSource()
     found = 0

@@ -115,7 +115,7 @@ def test_metrics__key_without_the_scope__is_403(client: TestClient, keys: dict[s
     assert b"perch_requests_total" in client.get("/metrics").content
 
 
-def test_unknown_path_and_method__are_404_and_405(client: TestClient) -> None:
+def test_service__unknown_path_or_method__is_404_or_405(client: TestClient) -> None:
     assert_problem(client.get("/v2/predict"), 404, "not-found")
     assert_problem(client.get("/schema.json"), 404, "not-found")
     refused = client.get("/v1/predict")
@@ -139,7 +139,7 @@ def test_predict_batch__one_more_than_the_burst__is_413_at_once(
     file = tmp_path / "api-keys.json"
     keys = ApiKeyFile.model_validate_json(file.read_text())
     write_keys(file, ApiKeyFile(keys=(*keys.keys, record)))
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while client.get("/v1/model", headers={"X-API-Key": key}).status_code == 401:  # the file is looked at each second
         assert time.monotonic() < deadline
         time.sleep(0.2)
@@ -256,14 +256,14 @@ def test_feedback__id_that_is_none__is_told_what_an_id_looks_like(client: TestCl
     )
 
 
-def test_model__tells_the_whole_manifest(client: TestClient) -> None:
+def test_model__asked_for__tells_the_whole_manifest(client: TestClient) -> None:
     body = client.get("/v1/model").json()
     assert (body["model"], body["version"], body["labels"]) == ("shapes-classification", "7", ["circle", "square"])
     assert body["metrics"]["test/accuracy"]["low"] == 0.926
     assert body["input"]["size_px"] == 8
 
 
-def test_probes__need_no_key_and_answer_head(client: TestClient) -> None:
+def test_probes__without_a_key__answer_also_to_head(client: TestClient) -> None:
     for path in ("/livez", "/readyz"):
         del client.headers["X-API-Key"]
         assert client.get(path).status_code == client.head(path).status_code == 200
@@ -313,11 +313,12 @@ def test_prediction__of_a_copy_that_the_gateway_sent__is_kept_as_such(
     import pyarrow.parquet as pq
 
     client.post("/v1/predict", content=make_image())
-    client.post("/v1/predict", content=make_image(), headers={SHADOW_HEADER: "1"})
+    for headers in ({SHADOW_HEADER: "1"}, {"Host": "vision.example.org-shadow"}, {"Host": "10.0.0.1-shadow:8080"}):
+        client.post("/v1/predict", content=make_image(), headers=headers)
     client.__exit__(None, None, None)
     client.__enter__()
     files = (tmp_path / "predictions").rglob("*.parquet")
-    assert sorted(pq.ParquetFile(file).read()["origin"].to_pylist() for file in files)[0] == ["client", "mirror"]
+    assert sorted(pq.ParquetFile(file).read()["origin"].to_pylist() for file in files)[0] == ["client", *3 * ["mirror"]]
 
 
 def test_prediction__of_the_prober__is_kept_as_such_and_in_none_of_the_clients_numbers(
