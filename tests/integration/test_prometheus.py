@@ -61,7 +61,7 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
     server = Prometheus(f"http://127.0.0.1:{port}")
     try:
         deadline = time.monotonic() + 60
-        while _scrapes(server) < 4:
+        while _scrapes(server) < 4 or not _rules_are_evaluated(server):
             assert time.monotonic() < deadline, (folder / "log").read_text()
             assert process.poll() is None, (folder / "log").read_text()
             for _ in range(20):
@@ -85,6 +85,14 @@ def _scrapes(server: Prometheus) -> float:
     except (OSError, urllib.error.URLError):
         return 0
     return float(found[0]["value"][1]) if found else 0
+
+
+def _rules_are_evaluated(server: Prometheus) -> bool:
+    rules = [rule for group in server.get("/api/v1/rules")["groups"] for rule in group["rules"]]
+    recorded = ("perch:predictions:share1h", "perch:predict_duration:p95_10m")
+    return all(rule["health"] != "unknown" for rule in rules) and all(
+        server.get("/api/v1/query", query=series)["result"] for series in recorded
+    )
 
 
 def _dashboard_queries() -> list[tuple[str, str]]:

@@ -83,7 +83,7 @@ def pods(tmp_path: Path) -> Iterator[Pods]:
 
 
 def wait_for(pods: Pods, is_so: Callable[[PodCounts], bool]) -> PodCounts:
-    deadline, found = time.monotonic() + 30, None
+    deadline, found = time.monotonic() + 60, None
     while time.monotonic() < deadline:
         try:
             found = pods.ask()
@@ -109,7 +109,7 @@ def test_counters_query__pods_come_and_go__are_summed_never_fall_and_end_as_no_d
     assert (counts.errors, counts.client_errors, counts.labels["1"], counts.probes.requests) == (2, 0, 6, 2)
     assert counts.latency_buckets[0.025] == counts.latency_buckets[0.5] == 6
     assert known.sampled_at.keys() == {"perch-serving-b-1", "perch-serving-b-2"}
-    assert abs(time.time() - min(known.sampled_at.values())) < 5
+    assert abs(time.time() - min(known.sampled_at.values())) < 30
     assert pods.ask("6d" * 32) is None
 
     pods.end("perch-serving-b-1")
@@ -122,7 +122,7 @@ def test_counters_query__pods_come_and_go__are_summed_never_fall_and_end_as_no_d
     assert oldest_sample(after, ready, now=time.time(), max_age_s=30) is not None
     assert oldest_sample(after, {"perch-serving-b-3": time.time() - 60}, now=time.time(), max_age_s=30) is None
     pods.end("perch-serving-b-2")
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while pods.ask() is not None:  # counted once, looked at by nobody now
         assert time.monotonic() < deadline
         time.sleep(0.1)
