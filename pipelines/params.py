@@ -23,6 +23,7 @@ _NAME_PATTERN = r"^[a-z0-9]+(?:[-_][a-z0-9]+)*$"
 _LABEL_PATTERN = r"^[A-Za-z0-9./_-]+=[A-Za-z0-9._-]*$"
 _TAINT_PATTERN = r"^[A-Za-z0-9./_-]+(=[A-Za-z0-9._-]*)?(:(NoSchedule|PreferNoSchedule|NoExecute))?$"
 _SHA256_PATTERN = r"^[0-9a-f]{64}$"
+_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 30.0  # between two calls of the release engine
 Name = Annotated[str, Field(pattern=_NAME_PATTERN, max_length=100)]
 NAME_IN_WORDS = "small letters and digits, with single - or _ between them"
 # What a pattern asks for, for readers of errors and of the reference page.
@@ -323,6 +324,12 @@ class ModelReleaseParams(Section):
     count_probes: bool = Field(
         True, description="Whether the gates take the prober's requests as evidence; a crash by one always counts."
     )
+
+    @property
+    def pause_s(self) -> float:
+        """Seconds between two calls of the engine: often enough for each of the rollout's own times, at least twice."""
+        times = (self.min_step_s / 5, self.max_blind_s / 3, self.abandoned_after_s / 4)
+        return max(_SHORTEST_PAUSE_S, min(_LONGEST_PAUSE_S, *times))
 
     @field_validator("canary_percents")
     @classmethod

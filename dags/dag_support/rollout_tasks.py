@@ -25,7 +25,8 @@ BEGIN = "begin_rollout"
 COMMENT = {"comment": Param(None, type=["null", "string"], title="Comment", description="Needed to reject.")}
 # Up to a hundred answers that do not count.  For `.partial`, too: of a mapped task, Airflow reads its tries there.
 ASK_AGAIN = {"retries": 100, "retry_delay": timedelta(seconds=5), "retry_exponential_backoff": False}
-_LONGEST_PAUSE_S = 30.0
+# A call that was killed: the next goes on where it ended, and the rollout's own limits end what does not come on.
+_CALL_AGAIN = {**ASK_AGAIN, "retries": 20}
 _LONGEST_ROLLOUT = timedelta(days=30)  # a freeze may hold one up; its own limits end it long before
 
 
@@ -174,18 +175,14 @@ class RolloutSensor(BaseSensorOperator):
     """Calls the engine until the rollout has ended, and holds no worker in between.
 
     Args:
-        release: the section `model_release` of params.yaml.
+        release: the section `model_release` of params.yaml; until the engine has said the rollout's own pace.
     """
 
     ui_color = "#e8f1f8"
 
     def __init__(self, *, release: ModelReleaseParams, **kwargs: Any) -> None:
-        super().__init__(
-            mode="reschedule",
-            poke_interval=pause_s(release),
-            timeout=_LONGEST_ROLLOUT.total_seconds(),
-            **kwargs,
-        )
+        own = {"mode": "reschedule", "poke_interval": release.pause_s, "timeout": _LONGEST_ROLLOUT.total_seconds()}
+        super().__init__(**{**kwargs, **_CALL_AGAIN, **own})
         self.hook: SubprocessHook | None = None
 
     def poke(self, context: Context) -> PokeReturnValue:
@@ -201,6 +198,7 @@ class RolloutSensor(BaseSensorOperator):
         if outcome.exit_code == EXIT_TRY_LATER:
             return PokeReturnValue(is_done=False)
         outcome.raise_for_exit("perch releases advance")
+        self.poke_interval = outcome.result["pause_s"]  # its own limits may be shorter than those of params.yaml
         return self.judge(outcome.result)
 
     def judge(self, state: dict[str, Any]) -> PokeReturnValue:
@@ -226,10 +224,3 @@ class RolloutSensor(BaseSensorOperator):
         """End the command; the engine goes on from there at the next call."""
         if self.hook is not None:
             self.hook.send_sigterm()
-
-
-def pause_s(release: ModelReleaseParams) -> float:
-    """Seconds between two calls of the engine: often enough for each of the rollout's own times, at least twice."""
-    return max(
-        2.0, min(_LONGEST_PAUSE_S, release.min_step_s / 5, release.max_blind_s / 3, release.abandoned_after_s / 4)
-    )

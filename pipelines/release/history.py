@@ -71,6 +71,7 @@ def as_result(state: RolloutState) -> dict[str, Any]:
         "reason": state.reason,
         "evidence_sha256": state.evidence_sha256,
         "requested_by": state.requested_by,
+        "pause_s": state.plan.params.pause_s,
         "summary": "\n".join(
             line
             for line in (

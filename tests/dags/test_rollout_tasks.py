@@ -7,12 +7,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from airflow.sdk import DAG
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException
 
 from dags.dag_support import rollout_tasks
 from dags.dag_support.candidates import describe_candidate
+from dags.dag_support.default_args import default_args
 from dags.dag_support.perch_command import CommandOutcome
-from dags.dag_support.rollout_tasks import ReleaseApprovalOperator, RolloutSensor, latest_candidate, pause_s
+from dags.dag_support.rollout_tasks import ReleaseApprovalOperator, RolloutSensor, latest_candidate
 from pipelines.params import ModelReleaseParams
 from pipelines.release.history import as_result
 from pipelines.release.rollout_state import Passage, RolloutState
@@ -42,13 +44,12 @@ def state(step: Step, *passed: Step, **changes: Any) -> dict[str, Any]:
             rollout_id="digits:2:9b1e:1",
             release=ReleaseRef("digits", "2", "9b1e", "/releases/9b1e.bento"),
             champion=ReleaseRef("digits", "1", "77ab", "/releases/77ab.bento"),
-            plan=Plan(ModelReleaseParams()),
             requested_by="somebody",
             requested_at=0.0,
             evidence_sha256="5d0f",
             step=step,
             passages=passages,
-            **changes,
+            **{"plan": Plan(ModelReleaseParams()), **changes},
         )
     )
 
@@ -67,6 +68,24 @@ def test_rollout__promoted_but_effects_not_all_there__goes_on(sensor: RolloutSen
 
 def test_rollout__in_a_step__goes_on(sensor: RolloutSensor) -> None:
     assert not sensor.judge(state(CANARY)).is_done
+
+
+def test_rollout__with_limits_of_its_own__is_looked_at_at_their_pace(
+    sensor: RolloutSensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = state(CANARY, plan=Plan(ModelReleaseParams(min_step_s=5, max_step_s=60)))
+    monkeypatch.setattr(rollout_tasks, "run_perch", lambda *_: CommandOutcome(0, own))
+    task = SimpleNamespace(xcom_pull=lambda task_ids: {"rollout_id": "digits:2:9b1e:1"})  # noqa: ARG005
+    assert sensor.poke_interval == 10.0
+    assert not sensor.poke({"ti": task}).is_done  # type: ignore[typeddict-item]
+    assert sensor.poke_interval == 2.0
+
+
+def test_rollout__its_call_killed_again_and_again__is_called_again_within_seconds(sensor: RolloutSensor) -> None:
+    with DAG("d", default_args=default_args()):
+        in_dag = RolloutSensor(task_id="roll_out", release=ModelReleaseParams())
+    for each in (sensor, in_dag):
+        assert (each.retries, each.retry_delay, each.retry_exponential_backoff) == (20, timedelta(seconds=5), False)
 
 
 def test_rollout__taken_back_by_a_gate__fails_for_good_with_the_reason(sensor: RolloutSensor) -> None:
@@ -195,10 +214,3 @@ def test_latest_candidate__several_events__is_that_of_the_highest_version() -> N
     ]
     assert latest_candidate({"asset": [*events, SimpleNamespace(extra={})]})["version"] == "10"
     assert latest_candidate({}) == {}
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"), [({}, 10.0), ({"min_step_s": 5.0, "max_step_s": 60}, 2.0), ({"max_blind_s": 600}, 30.0)]
-)
-def test_pause__of_a_plan__is_short_beside_each_of_its_times(changes: dict[str, Any], expected: float) -> None:
-    assert pause_s(ModelReleaseParams(**changes)) == expected

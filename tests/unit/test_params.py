@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pipelines.errors import Refusal
-from pipelines.params import Params, check_params, load_params, override
+from pipelines.params import ModelReleaseParams, Params, check_params, load_params, override
 
 PROJECT = Path(__file__).parents[2]
 
@@ -126,3 +126,10 @@ def test_schema__every_key__has_a_type_or_a_reference() -> None:
     schema = Params.model_json_schema()
     assert schema["additionalProperties"] is False
     assert {"data_ingestion", "model_training", "model_evaluation"} <= schema["properties"].keys()
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"), [({}, 10.0), ({"min_step_s": 5.0, "max_step_s": 60}, 2.0), ({"max_blind_s": 600}, 30.0)]
+)
+def test_release_pause__of_a_plan__is_short_beside_each_of_its_times(changes: dict[str, Any], expected: float) -> None:
+    assert ModelReleaseParams(**changes).pause_s == expected
