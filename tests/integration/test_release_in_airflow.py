@@ -29,11 +29,11 @@ LIMIT_S = 120.0
 pytestmark = [pytest.mark.services, pytest.mark.timeout(900)]
 
 
-def until(found: Callable[[], Any], what: str) -> Any:
-    deadline = time.monotonic() + LIMIT_S
+def until(found: Callable[[], Any], what: str, *, limit_s: float = LIMIT_S, every_s: float = 0.2) -> Any:
+    deadline = time.monotonic() + limit_s
     while not (value := found()):
         assert time.monotonic() < deadline, what
-        time.sleep(0.2)
+        time.sleep(every_s)
     return value
 
 
@@ -61,9 +61,13 @@ def wait_for_ask(services: Services, run_id: str, *, tries: int = 1, task_id: st
     return ask
 
 
-def let_go() -> None:
+def let_go(services: Services, run_id: str, task_id: str = "request_approval", map_index: int = -1) -> None:
     """Wait until Airflow has noticed the end of the process that asked: an answer before that may cost a try."""
-    time.sleep(7)
+    tries = services.client().tasks(DAG, run_id)[task_id].try_number
+    key = f"task_id='{task_id}', run_id='{run_id}', try_number={tries}, map_index={map_index})"
+    noticed = f"executor event with state success for task instance TaskInstanceKey(dag_id='{DAG}', {key}"
+    log = services.stack.folder / "airflow-scheduler.log"
+    until(lambda: noticed in log.read_text(errors="replace"), f"Airflow does not say: {noticed}")
 
 
 def events(services: Services) -> list[str]:
@@ -141,7 +145,7 @@ def test_approval__denied_by_the_policy__is_asked_for_again_and_a_rejection_is_f
     assert [ask.run_id for ask in AirflowApprovals(approver).open_asks()] == ["own"], "nothing was recorded"
 
     # Airflow's page does not know the policy.
-    let_go()
+    let_go(services, "own")
     AirflowApprovals(approver).answer(ask, approve=True, comment="mine")
     with pytest.raises(Refusal, match="already been updated"):
         AirflowApprovals(services.client("scientist")).answer(ask, approve=True, comment="twice")
@@ -191,7 +195,7 @@ def test_approval__by_two_people_in_a_freeze__is_asked_of_each_and_waits_for_its
         second = wait_for_ask(services, "two", task_id=further)
         said = perch(services, "approve", "1")
         assert (said.returncode, "has approved already" in said.stderr) == (EXIT_REFUSED, True), said.stderr
-        let_go()
+        let_go(services, "two", further, map_index=0)
         AirflowApprovals(services.client("approver")).answer(second, approve=True, comment="me again")
         wait_for_ask(services, "two", task_id=further, tries=2)
         assert "has approved already, and counts once; anybody but admin, approver may" in note(
@@ -224,7 +228,7 @@ def test_approval__of_a_page_that_airflow_kept__fails_and_a_new_run_shows_a_new_
     assert ask.rollout_id == first.rollout_id
     said = perch(services, "approve", "1")
     assert (said.returncode, "waits for no answer" in said.stderr) == (EXIT_REFUSED, True), said.stderr
-    let_go()
+    let_go(services, "kept")
     AirflowApprovals(services.client("approver")).answer(ask, approve=True, comment="")
     assert wait_for_dag_run(client, DAG, "kept") == "failed"
     assert "trigger model_release with this version" in explain_failure(client, DAG, "kept")
