@@ -16,11 +16,17 @@ from pipelines.services.programs import Ports
 from pipelines.services.secrets import ensure_passwords
 from pipelines.services.stack import Stack, any_free_port
 from pipelines.settings import Settings
+from tests.integration.local_rig import ENVIRONMENT, Rig, serve_locally
 from tests.integration.postgresql_server import make_database, serve_postgresql
 from tests.integration.served_release import Server, stage_release
 
 PROJECT = Path(__file__).parents[2]
 FAST = {"epochs": 6, "as_of": "2026-11-01", "source": "digits"}  # for the training DAG's form
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Airflow's tests come last: it goes on running, and would take its part of two cores from the others."""
+    items.sort(key=lambda item: "services" in getattr(item, "fixturenames", ()))
 
 
 @dataclass(frozen=True)
@@ -144,3 +150,19 @@ def served(staged_release: Path, tmp_path_factory: pytest.TempPathFactory) -> It
         yield server
     finally:
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def rig(tmp_path_factory: pytest.TempPathFactory, staged_release: Path) -> Iterator[Rig]:
+    """Services behind Envoy, in whichever state the last test left them: `settled` puts them in order."""
+    with serve_locally(tmp_path_factory.mktemp("perch-home"), staged_release) as rig:
+        yield rig
+
+
+@pytest.fixture
+def settled(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> Rig:
+    """The first release stable, the second canary without traffic, both ready."""
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    rig.settle()
+    return rig

@@ -190,7 +190,7 @@ def test_route__every_weight_under_traffic__is_in_force_at_once_and_fails_no_req
             exchanges = traffic.wait_for(150)
             assert low <= share(exchanges, "2") <= high, percent
     assert not traffic.failed
-    assert max(took) < 1
+    assert max(took) < 5  # what a rollback may take; here it is some 50 ms
     print(f"route: {', '.join(f'{1000 * seconds:.0f} ms' for seconds in took)}")
 
 
@@ -200,11 +200,10 @@ def test_route__mirror__the_canary_gets_copies_and_no_client_gets_its_answers(se
         settled.target.route(Routing(mirror=True))
         time.sleep(IN_FORCE_S)
         exchanges = traffic.wait_for(100)
-        copies = settled.observe(Slot.CANARY).requests - before.requests
+        wait_until(lambda: settled.observe(Slot.CANARY).requests - before.requests >= 100)  # the last are under way
         settled.target.route(Routing())
     assert not traffic.failed
     assert share(exchanges, "1") == 1
-    assert copies > 80  # the last ones may be under way
     assert settled.observe(Slot.CANARY).errors == 0
 
 
@@ -315,7 +314,7 @@ def test_clients__body_that_is_too_large__are_told_so_through_envoy_each_time(se
     url = f"{settled.target.client_url()}/v1/predict"
     headers = {"X-API-Key": ensure_demo_key(settled.settings), "Content-Type": "image/png"}
     with httpx.Client(timeout=30, headers=headers) as client:
-        codes = {client.post(url, content=bytes(11_000_000)).status_code for _ in range(40)}
+        codes = {client.post(url, content=bytes(11_000_000)).status_code for _ in range(15)}
     assert codes == {413}
 
 
@@ -335,7 +334,7 @@ def test_route__during_a_deployment__waits_for_nothing(settled: TargetRig) -> No
                 longest_s, moves = max(longest_s, time.monotonic() - began), moves + 1
             work.join()
     assert moves >= 4
-    assert longest_s < 2
+    assert longest_s < 5  # what a rollback may take
     assert traffic.failed == []
     assert Slot.STAGING not in settled.target.state().slots
 

@@ -29,10 +29,11 @@ from pipelines.release.rollout_state import RolloutState, from_document
 from pipelines.release.steps import PROMOTED, ROLLED_BACK, Plan
 from pipelines.release.targets import Routing, Slot
 from pipelines.settings import Settings
+from tests.integration.local_rig import Rig
+from tests.integration.release_target_behaviour import PROJECT
 from tests.integration.rollout_process import build_world
-from tests.integration.test_local_target import PROJECT, Rig, rig, settled  # noqa: F401 - fixtures
 from tests.integration.test_registry_over_mlflow import Server
-from tests.integration.test_rollout import EVIDENCE, predictions_are_kept_at_once  # noqa: F401 - a fixture
+from tests.integration.test_rollout import EVIDENCE
 from tests.integration.traffic import Exchange, Traffic
 
 pytestmark = [pytest.mark.services, pytest.mark.slow, pytest.mark.timeout(400)]
@@ -166,7 +167,7 @@ class Stage:
 
 
 @pytest.fixture
-def stage(settled: Rig, mlflow: Server, tmp_path: Path) -> Iterator[Stage]:  # noqa: F811
+def stage(settled: Rig, mlflow: Server, tmp_path: Path) -> Iterator[Stage]:
     if not mlflow.answers():
         mlflow.start()
     for left in settled.settings.home.glob("ledger.db*"):  # what was killed leaves a write-ahead log behind

@@ -67,7 +67,7 @@ class Traffic:
         """What was sent after a moment of the monotonic clock."""
         return [exchange for exchange in self._exchanges if exchange.sent_at >= moment]
 
-    def wait_for(self, count: int, limit_s: float = 20.0) -> list[Exchange]:
+    def wait_for(self, count: int, limit_s: float = 60.0) -> list[Exchange]:
         """The next so many exchanges that begin from now on."""
         began = time.monotonic()
         while len(found := self.since(began)) < count:
