@@ -17,6 +17,7 @@ import yaml
 from rich.table import Table
 
 from pipelines.core.stage_graph import read_stage_graph
+from pipelines.core.tar_archives import extract
 from pipelines.core.workspace import COMMAND_LINE, Workspace
 from pipelines.errors import PerchError, Refusal
 from pipelines.runs.stages import read_result, run_in_workspace, run_lock
@@ -158,7 +159,7 @@ def _checkout(project: Path, sha: str, into: Path) -> None:
             way_out="fetch it, or replay on the machine that still has the run's workspace",
         )
     with tarfile.open(fileobj=BytesIO(archive.stdout)) as tar:
-        tar.extractall(into, filter="data")
+        extract(tar, into)
 
 
 def lock_outs(workspace: Workspace) -> dict[str, str]:

@@ -24,6 +24,7 @@ from typing import Any
 
 import yaml
 
+from pipelines.core.tar_archives import extract
 from pipelines.errors import EXIT_OK, EXIT_REFUSED, EXIT_TRY_LATER, PerchError, Refusal, TryLater
 from pipelines.runs.run_store import Conflict, Lease, RunStore, keep_in_step
 from pipelines.runs.stages import dvc_command, run_tool
@@ -98,7 +99,7 @@ class SharedRun:
         for archive in (opened, progress):
             if archive is not None:
                 with tarfile.open(fileobj=io.BytesIO(archive.content)) as tar:
-                    tar.extractall(self.workspace.root, filter="data")
+                    extract(tar, self.workspace.root)
         write_dvc_config(self.workspace, self._settings)
         self._fetch_checkpoints()
 
