@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import http.client
 import json
 import os
 import time
@@ -28,6 +27,7 @@ from pipelines.release.envoy import (
     read_route_table,
     route_table,
 )
+from pipelines.release.http_exchange import fetch
 from pipelines.release.local_layout import ENVOY, HOST, LocalLayout, LocalPorts
 from pipelines.release.local_plan import PROCESSES, Deployment, Plan
 from pipelines.release.slot_metrics import fetch_metrics, read_counts
@@ -327,13 +327,11 @@ class LocalTarget:
 
     def _ask_envoy(self, path: str) -> Any:
         try:
-            status, body = _get(self._layout.ports().admin, path)
-            if status == http.client.OK:
-                return json.loads(body)
-            problem = f"answers {status}"
+            return json.loads(fetch(f"http://{HOST}:{self._layout.ports().admin}{path}", _ASK_LIMIT_S))
         except (OSError, ValueError) as error:
-            problem = f"does not answer: {error}"
-        raise TryLater(f"Envoy {problem}\n  what to do: `perch status`; look at {self._layout.log_file(ENVOY)}")
+            raise TryLater(
+                f"Envoy does not answer: {error}\n  what to do: `perch status`; look at {self._layout.log_file(ENVOY)}"
+            ) from error
 
     # Services.
 
@@ -349,10 +347,10 @@ class LocalTarget:
         if read_starts(self._layout, deployment.process).get("digest") != deployment.release.digest:
             return False
         try:
-            status, _ = _get(self._layout.ports().slots[deployment.process].api, "/readyz", _READY_LIMIT_S)
+            fetch(f"http://{HOST}:{self._layout.ports().slots[deployment.process].api}/readyz", _READY_LIMIT_S)
         except OSError:
             return False
-        return status == http.client.OK
+        return True
 
     def _log_tail(self, process: str) -> str:
         """The last lines since the last start."""
@@ -367,18 +365,6 @@ def _count_workers(slot: Slot) -> int:
         return 1
     asked = os.environ.get("PERCH_SERVING_WORKERS", "")
     return (int(asked) if asked.isdigit() else 0) or len(os.sched_getaffinity(0))
-
-
-def _get(port: int, path: str, limit_s: float = _ASK_LIMIT_S) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection(HOST, port, timeout=limit_s)
-    try:
-        connection.request("GET", path)
-        response = connection.getresponse()
-        return response.status, response.read()
-    except http.client.HTTPException as error:
-        raise OSError(f"port {port}: {error!r}") from error
-    finally:
-        connection.close()
 
 
 def _replace(path: os.PathLike[str], tree: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import http.client
 import os
 import signal
 import socket
@@ -15,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from pipelines.errors import EXIT_TRY_LATER, Refusal, TryLater
+from pipelines.release.http_exchange import fetch
 from pipelines.release.slot_metrics import fetch_metrics, read_counts
 from pipelines.release.targets import ReleaseRef, Slot, SlotCounters
 
@@ -78,7 +78,10 @@ class OwnProcess:
         while not self._is_ready():
             code = self._process.poll() if self._process else None
             if code == EXIT_TRY_LATER:
-                raise TryLater(f"the service in the slot {slot} cannot fetch its release:\n{self._log_tail()}")
+                raise TryLater(
+                    f"the service in the slot {slot} cannot fetch or unpack its release:\n{self._log_tail()}\n"
+                    "  what to do: mend what it says, then try again; it says nothing against the release"
+                )
             if code is not None:
                 raise Refusal(
                     f"the service in the slot {slot}",
@@ -134,14 +137,11 @@ class OwnProcess:
         return self._folder / "staging.log"
 
     def _is_ready(self) -> bool:
-        connection = http.client.HTTPConnection(_HOST, self._port, timeout=3)
         try:
-            connection.request("GET", "/readyz")
-            return connection.getresponse().status == http.client.OK
-        except (OSError, http.client.HTTPException):
+            fetch(f"http://{_HOST}:{self._port}/readyz", 3.0)
+        except OSError:
             return False
-        finally:
-            connection.close()
+        return True
 
     def _log_tail(self) -> str:
         lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()

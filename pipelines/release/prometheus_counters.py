@@ -6,15 +6,14 @@ deployment, so that the sum never falls when the autoscaler takes a pod away.
 
 from __future__ import annotations
 
-import http.client
 import json
 import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlencode, urlsplit
 
+from pipelines.release.http_exchange import fetch
 from pipelines.release.slot_metrics import PREDICTION_ROUTES, ServiceCounts, sum_counts
 
 # A range over weeks of a stable slot would cost Prometheus seconds at every look.  A pod that ended earlier than this
@@ -69,7 +68,18 @@ def counters_query(namespace: str, name: str, digest: str, *, age_s: float) -> s
 
 
 def read_answer(answer: Mapping[str, Any]) -> PodCounts | None:
-    """The counts in an answer of Prometheus' `/api/v1/query`; None where it has none, or one that is no number."""
+    """The counts in an answer of Prometheus' `/api/v1/query`; None where it has none, or one that is no number.
+
+    Raises:
+        ValueError: it is no such answer, as of a proxy before Prometheus.
+    """
+    try:
+        return _read(answer)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"no answer of Prometheus: {error!r}") from error
+
+
+def _read(answer: Mapping[str, Any]) -> PodCounts | None:
     if answer.get("status") != "success":
         return None
     samples: list[tuple[str, Mapping[str, str], int]] = []
@@ -132,23 +142,6 @@ def ask_prometheus(url: str, query: str, timeout_s: float) -> Mapping[str, Any]:
         OSError: it does not answer, or not with 200.
         ValueError: its answer is no JSON.
     """
-    parts = urlsplit(url)
-    of_scheme = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    connection = of_scheme(parts.netloc, timeout=timeout_s)
-    try:
-        connection.request(
-            "POST",
-            f"{parts.path.rstrip('/')}/api/v1/query",
-            urlencode({"query": query, "time": f"{time.time():.3f}"}),
-            {"Content-Type": "application/x-www-form-urlencoded"},
-        )
-        response = connection.getresponse()
-        body = response.read()
-    except http.client.HTTPException as error:
-        raise OSError(f"Prometheus at {url}: {error!r}") from error
-    finally:
-        connection.close()
-    if response.status != http.client.OK:
-        raise OSError(f"Prometheus at {url} answers {response.status}")
-    answer: Mapping[str, Any] = json.loads(body)
+    form = {"query": query, "time": f"{time.time():.3f}"}
+    answer: Mapping[str, Any] = json.loads(fetch(f"{url.rstrip('/')}/api/v1/query", timeout_s, form=form))
     return answer

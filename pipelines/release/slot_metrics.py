@@ -14,12 +14,12 @@ What is counted, and why:
 
 from __future__ import annotations
 
-import http.client
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from pipelines.release.http_exchange import fetch
 from pipelines.release.local_layout import HOST
 from pipelines.release.targets import ProbeCounters
 
@@ -60,18 +60,7 @@ def fetch_metrics(port: int, timeout_s: float = 3.0) -> str:
     Raises:
         OSError: nothing answers, or not with 200.
     """
-    connection = http.client.HTTPConnection(HOST, port, timeout=timeout_s)
-    try:
-        connection.request("GET", "/metrics")
-        response = connection.getresponse()
-        body = response.read()
-    except http.client.HTTPException as error:
-        raise OSError(f"/metrics on port {port}: {error!r}") from error
-    finally:
-        connection.close()
-    if response.status != http.client.OK:
-        raise OSError(f"/metrics on port {port} answers {response.status}")
-    return body.decode()
+    return fetch(f"http://{HOST}:{port}/metrics", timeout_s).decode()
 
 
 def read_counts(text: str) -> ServiceCounts:

@@ -64,6 +64,22 @@ def test_read_answer__absent_not_a_number_or_no_longer_sampled__is_no_data(nothi
 
 
 @pytest.mark.parametrize(
+    "other",
+    [
+        ["success"],
+        {"status": "success"},
+        {"status": "success", "data": None},
+        {"status": "success", "data": {"result": [{"metric": {}, "value": [1.0, "2"]}]}},
+        {"status": "success", "data": {"result": [{"metric": {"series": "perch_worker_starts_total"}, "value": []}]}},
+        answer(row("perch_worker_starts_total", "many", pod="b-1")),
+    ],
+)
+def test_read_answer__json_of_something_else__is_a_value_error(other: Any) -> None:
+    with pytest.raises(ValueError, match=r".+"):
+        read_answer(other)
+
+
+@pytest.mark.parametrize(
     ("ready_since", "now", "taken_at"),
     [
         ({"b-1": 900.0, "b-2": 900.0}, 1003.0, 1000.5),
