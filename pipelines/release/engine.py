@@ -226,7 +226,7 @@ class ReleaseEngine:
                 raise StaleRolloutError(f"{state.rollout_id}: somebody else moved this release meanwhile")
             why = rollback.trouble(state, world.target.state())
         if why:
-            return self._roll_back(state, why)
+            return self._roll_back(looked, why)
         state = looked
         params = state.plan.params
         if state.blind_s > params.max_blind_s:
@@ -278,10 +278,18 @@ class ReleaseEngine:
         world, course = self._world, state.plan.course(is_first=state.is_first)
         if state.step == course[1]:
             self._record_approvals(state)
-        is_promoted = world.target.state().slots.get(Slot.STABLE) == state.release
+        serving = world.target.state().slots.get(Slot.STABLE)
+        is_promoted = serving == state.release
+        if state.is_first and serving is not None and not is_promoted:
+            # It would take all of that one's traffic at once, for there is no champion to compare it with.
+            return self._roll_back(
+                state,
+                f"the stable slot holds {serving.model} v{serving.version}, and the ledger has no champion of "
+                f"{state.release.model}; release another model from a home of its own, or restore the ledger",
+            )
         if not is_promoted:
             try:
-                row = self._ensure_canary(row, state)
+                self._ensure_canary(row, state)
             except Refusal as refusal:
                 return self._roll_back(state, f"it does not start: {refusal}")
             except TryLater as error:
@@ -326,7 +334,7 @@ class ReleaseEngine:
         previous = state.champion.version if state.champion else None
         world.aliases.move(release.model, {"champion": release.version, "previous": previous})
 
-    def _ensure_canary(self, row: RolloutRow, state: RolloutState) -> RolloutRow:
+    def _ensure_canary(self, row: RolloutRow, state: RolloutState) -> None:
         """Have the release run in the canary's slot, and keep the lease while it starts.
 
         Raises:
@@ -348,8 +356,7 @@ class ReleaseEngine:
                 if (taken.revision, taken.token) != (row.revision, row.token):
                     raise StaleRolloutError(f"{state.rollout_id}: somebody else moved this release meanwhile") from None
             else:
-                break
-        return row
+                return
 
     def _record_approvals(self, state: RolloutState) -> None:
         for answer in state.approvals:
@@ -373,7 +380,7 @@ class ReleaseEngine:
 
     def _roll_back(self, state: RolloutState, reason: str, by: str = "engine") -> RolloutState:
         """The same rollback as everybody's; what it cannot finish, the next call does."""
-        rollback.roll_back(self._world, state.release.model, reason=reason, by=by, only=state.rollout_id)
+        rollback.roll_back(self._world, state.release.model, reason=reason, by=by, judged=state)
         return from_document(self._required(state.rollout_id).document)
 
 

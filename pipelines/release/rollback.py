@@ -40,7 +40,13 @@ class RollbackOutcome:
 
 
 def roll_back(
-    world: World, model: str, *, reason: str, by: str, version: str | None = None, only: str | None = None
+    world: World,
+    model: str,
+    *,
+    reason: str,
+    by: str,
+    version: str | None = None,
+    judged: RolloutState | None = None,
 ) -> RollbackOutcome:
     """Give all traffic back to the champion, or after a promotion to the one before it, then record that.
 
@@ -50,7 +56,7 @@ def roll_back(
         reason: for the ledger and whoever reads it.
         by: who asks, e.g. `watchdog`.
         version: take this one back; None takes what is under way, else what was promoted last.
-        only: act only while this rollout is the one to take back; for callers that judged a certain one.
+        judged: the rollout as the caller saw it, with what its gates said; only while it is the one to take back.
 
     Raises:
         Refusal: there is nothing that the traffic could go back to, or nothing of this name was ever released.
@@ -61,8 +67,8 @@ def roll_back(
         row = _find(world, model, version)
     except TryLater:
         return _without_the_database(world, model, began)
-    if only is not None and (row is None or row.rollout_id != only):
-        return _nothing(f"{model}: {only} is over")
+    if judged is not None and (row is None or row.rollout_id != judged.rollout_id):
+        return _nothing(f"{model}: {judged.rollout_id} is over")
     if row is None:
         raise _never_released(world, model)
     state = from_document(row.document)
@@ -78,7 +84,9 @@ def roll_back(
     how = f"traffic moved in {traffic_s:.2f} s" if moved else "it had no traffic"
     text = f"{model} v{state.release.version} rolled back at {state.step.name}: {goal}, {how} ({reason})"
     try:
-        record_rollback(world, row.rollout_id, reason=reason, by=by, traffic_s=traffic_s if moved else None)
+        record_rollback(
+            world, row.rollout_id, reason=reason, by=by, traffic_s=traffic_s if moved else None, judged=judged
+        )
     except TryLater as error:
         return RollbackOutcome(f"{text}\n  not recorded yet: {error}", traffic_s, is_recorded=False)
     return RollbackOutcome(text, traffic_s, is_recorded=True)
@@ -106,7 +114,15 @@ def move_traffic_back(world: World, state: RolloutState) -> bool:
     return False
 
 
-def record_rollback(world: World, rollout_id: str, *, reason: str, by: str, traffic_s: float | None = None) -> None:
+def record_rollback(
+    world: World,
+    rollout_id: str,
+    *,
+    reason: str,
+    by: str,
+    traffic_s: float | None = None,
+    judged: RolloutState | None = None,
+) -> None:
     """Write down that a rollout was rolled back, over whatever step it is in, and finish what follows from it.
 
     Raises:
@@ -118,6 +134,9 @@ def record_rollback(world: World, rollout_id: str, *, reason: str, by: str, traf
             return
         state = from_document(row.document)
         if state.step != ROLLED_BACK:
+            # The look that decided is not written down yet; one that found no metrics says less than the one before.
+            if judged is not None and judged.step == state.step and judged.reading and judged.reading.gates:
+                state = replace(state, reading=judged.reading)
             state = _rolled_back(world, state, reason=reason, by=by, traffic_s=traffic_s)
             try:
                 # Open again where it had been promoted, until everything is back where it was.

@@ -113,7 +113,8 @@ class Watchdog:
         why = known or self._find_reason(row, state)
         if not why or not self._is_still(row, state):
             return ""
-        outcome = rollback.roll_back(self._world, row.model, reason=why, by=BY, only=row.rollout_id)
+        judged = replace(state, reading=self._readings.get((row.rollout_id, state.step.name), state.reading))
+        outcome = rollback.roll_back(self._world, row.model, reason=why, by=BY, judged=judged)
         if outcome.is_recorded:
             self._unrecorded.pop(row.rollout_id, None)
         else:
@@ -186,7 +187,7 @@ class Watchdog:
         self._trouble_since.pop(row.rollout_id)
         if interrupted:
             reason = "a rollback that was interrupted"
-            text = rollback.roll_back(self._world, row.model, reason=reason, by=BY, only=row.rollout_id).text
+            text = rollback.roll_back(self._world, row.model, reason=reason, by=BY, judged=state).text
         else:
             self._world.target.route(Routing())
             text = f"{row.model}: a canary had traffic, though {row.rollout_id} is {state.step.name}; taken away"

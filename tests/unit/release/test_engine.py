@@ -15,6 +15,7 @@ from pipelines.core.rollout_rows import StaleRolloutError
 from pipelines.errors import Refusal, TryLater
 from pipelines.registry import patience
 from pipelines.release.approvals import Response
+from pipelines.release.engine import ReleaseRequest
 from pipelines.release.rollback import roll_back
 from pipelines.release.rollout_state import from_document
 from pipelines.release.steps import PENDING, PROMOTED, ROLLED_BACK, Phase, Plan, Step
@@ -90,6 +91,19 @@ def test_advance__first_release_of_all__skips_the_canary_and_the_ledger_says_so(
     traffic = next(record for record in world.ledger.entries() if record.event == "traffic")
     assert '"skipped":["shadow","canary@10","canary@50","canary@100"]' in traffic.evidence
     assert "no champion" in traffic.evidence
+
+
+def test_advance__first_release_where_another_model_serves__takes_nothing_from_it(world: Simulation) -> None:
+    other = replace(release(2), model="xray-classification")
+    request = ReleaseRequest(other, None, "scheduler", world.evidence[release(2)], "run-2")
+    world.evidence[other] = world.evidence[release(2)]
+    rollout = world.engine().begin(request, Plan(QUICK))
+    world.answer()
+    state = world.run(rollout.rollout_id)
+    assert state.step == ROLLED_BACK
+    assert state.reason.startswith(f"the stable slot holds {MODEL} v1, and the ledger has no champion of xray-")
+    assert world.target.state().slots == {Slot.STABLE: release(1)}
+    assert world.target.failed == 0
 
 
 def test_advance__erroneous_release__is_stopped_in_the_shadow_and_no_client_saw_it(world: Simulation) -> None:

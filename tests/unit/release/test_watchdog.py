@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -87,6 +88,17 @@ def test_breach__canary_that_keeps_the_question_who_is_ready_waiting__loses_its_
         scene.mover.advance(scene.rollout.rollout_id)
     assert set(asked) == {Routing()}, "asked only once the traffic had moved"
     assert scene.now.step == ROLLED_BACK
+
+
+@pytest.mark.parametrize("by", ["watchdog", "engine"])
+def test_breach__found_at_the_first_look__is_in_the_ledger_with_what_that_look_saw(scene: Scene, by: str) -> None:
+    scene.target.behave(2, error_rate=0.1)
+    scene.pass_time()
+    scene.watchdog.check() if by == "watchdog" else scene.mover.advance(scene.rollout.rollout_id)
+    evidence = json.loads(scene.ledger.entries(MODEL)[-1].evidence)
+    assert (evidence["by"], evidence["requests"], evidence["stable_requests"]) == (by, 60, 540)
+    assert evidence["gates"]["errors"].startswith("roll back: ")
+    assert scene.now.passages[-1].requests == 60
 
 
 def test_check__good_release__is_left_alone_to_its_end(tmp_path: Path) -> None:
