@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 from pipelines.core.canary_observations import MirrorWindow
 from pipelines.core.request_origins import PROBE
@@ -24,7 +24,7 @@ WITH numbered AS (
   FROM numbered a JOIN numbered b USING (request_id, image_sha256, n)
   WHERE a.model_version = '{champion}' AND b.model_version = '{canary}'
   -- The prober sends its images again and again; what a model says of one is known after the first time.
-  QUALIFY a.origin <> 'probe' OR row_number() OVER (PARTITION BY a.origin, image_sha256 ORDER BY a.prediction_id) = 1
+  QUALIFY a.origin <> '{probe}' OR row_number() OVER (PARTITION BY a.origin, image_sha256 ORDER BY a.prediction_id) = 1
 )
 SELECT champion_label, canary_label, count(*) AS n_pairs, sum(difference) AS difference, any_value(labels) AS labels
 FROM pairs GROUP BY ALL ORDER BY ALL
@@ -55,10 +55,13 @@ def compare_answers(
         "canary": str(int(canary)),
         "since": since.isoformat(),
         "counts": "true" if count_probes else f"origin <> '{PROBE}'",
+        "probe": PROBE,
     }
-    selection = Selection(model=model, since=(since - timedelta(minutes=5)).date())
+    # An id is made a moment before or after its prediction's time is taken.
+    begin = (since - timedelta(minutes=5)).astimezone(UTC)
+    selection = Selection(model=model, since=begin.date(), begin=begin)
     with Predictions(store) as predictions:
-        rows = predictions.ask(_PAIRS.format(**values), selection).records()
+        rows = predictions.ask(_PAIRS.format(**values), selection, with_feedback=False).records()
     labels = sorted({label for row in rows for label in row["labels"]} | {row["canary_label"] for row in rows})
     return MirrorWindow(
         labels=labels,

@@ -186,13 +186,18 @@ class Predictions:
             with_feedback=True,
         )
 
-    def ask(self, sql: str, selection: Selection) -> Answer:
+    def ask(self, sql: str, selection: Selection, *, with_feedback: bool = True) -> Answer:
         """The answer to a query over `predictions` and `feedback`.
+
+        Args:
+            sql: the query.
+            selection: of the predictions' files.
+            with_feedback: whether `feedback` is filled, for which its files are read.
 
         Raises:
             Refusal: DuckDB does not take the query.
         """
-        return self._over_all(selection, sql, [], with_feedback=True)
+        return self._over_all(selection, sql, [], with_feedback=with_feedback)
 
     def _over_all(self, selection: Selection, sql: str, values: list[Any], *, with_feedback: bool = False) -> Answer:
         files = list(newest_first(self._store, selection))
@@ -245,7 +250,9 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except duckdb.IOException as error:
-        raise TryLater(f"the kept predictions cannot be read: {error}") from error
+        raise TryLater(
+            f"the kept predictions cannot be read: {error}\n  what to do: see that the folder is there, then try again"
+        ) from error
     except duckdb.InvalidInputException as error:
         raise Refusal("the kept predictions", str(error), way_out="move the damaged file away") from error
     except duckdb.Error as error:

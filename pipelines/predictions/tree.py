@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import date, timedelta
+from datetime import date, datetime, timedelta
 from urllib.parse import unquote
 
-from pipelines.core.prediction_ids import time_of
+from pipelines.core.prediction_ids import first_id_at, time_of
 from pipelines.core.prediction_layout import FEEDBACK, PREDICTIONS, PredictionFile, parse_path
 from pipelines.predictions.stores import Store
 
@@ -22,11 +22,13 @@ class Selection:
         model: name of the model; empty takes all.
         version: its version; empty takes all.
         since: first day, UTC; None takes all.
+        begin: leaves out files whose last prediction was made before this moment, with a zone; None takes all.
     """
 
     model: str = ""
     version: str = ""
     since: date | None = None
+    begin: datetime | None = None
 
 
 def list_days(store: Store, selection: Selection) -> dict[date, list[str]]:
@@ -59,8 +61,9 @@ def list_files(store: Store, folders: list[str]) -> list[PredictionFile]:
 
 def newest_first(store: Store, selection: Selection) -> Iterator[PredictionFile]:
     """All files of a selection; days are listed as they are reached."""
+    first = first_id_at(selection.begin) if selection.begin else ""
     for folders in list_days(store, selection).values():
-        yield from list_files(store, folders)
+        yield from (file for file in list_files(store, folders) if file.last_id >= first)
 
 
 def files_that_may_hold(store: Store, prediction_id: str) -> list[PredictionFile]:

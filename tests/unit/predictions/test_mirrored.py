@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -57,3 +57,28 @@ def test_compare_answers__probes__count_once_for_each_image_or_not_at_all(keep: 
     assert counted.pairs == {("circle", "circle"): 2, ("circle", "square"): 2}
     ignored = compare_answers(FolderStore(root), MODEL, "1", "2", since, count_probes=False)
     assert ignored.pairs == {("circle", "circle"): 2}
+
+
+class NotedStore(FolderStore):
+    """Notes which files are read."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.read: list[str] = []
+
+    def fetch(self, paths: Sequence[str], into: Path) -> list[Path]:
+        self.read += paths
+        return super().fetch(paths, into)
+
+
+def test_compare_answers__files_of_the_same_day_from_before_and_feedback__are_not_read(
+    keep: Keep, tell: Callable[[str, str, datetime], None], root: Path
+) -> None:
+    morning = START.replace(hour=8)
+    for version in ("1", "2"):
+        (old,) = keep(morning, ["circle"], version=version, request_id="old")
+        keep_each(keep, version, [("a", "circle", 0.9)])
+        tell(old, "circle", START)
+    store = NotedStore(root)
+    assert compare_answers(store, MODEL, "1", "2", START).pairs == {("circle", "circle"): 1}
+    assert sorted(path.split("/")[2] for path in store.read) == ["version=1", "version=2"]
