@@ -260,7 +260,10 @@ class RolloutTable:
         try:
             return operation()
         except OperationalError as error:
-            raise TryLater(f"{name}: {str(error).strip().splitlines()[0]}") from error
+            cause = str(error).strip().splitlines()[0]
+            raise TryLater(
+                f"{name}: {cause}\n  what to do: see that it is up (`perch status`), then try again"
+            ) from error
 
 
 _ADVISORY_LOCK = 0x7065726369  # the number after the ledger's: the two tables are written independently
