@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from airflow.providers.standard.hooks.subprocess import SubprocessHook
 from airflow.sdk import BaseOperator, TriggerRule
 
-from dags.dag_support.perch_command import run_perch
 from dags.dag_support.stage_command import stage_timeout
 from dags.dag_support.stage_tasks import CommandOperator
 from pipelines.core.stage_graph import StageNode
@@ -33,11 +30,7 @@ def add_trials(stages: Sequence[StageNode], tasks: Mapping[str, BaseOperator]) -
     for stage in stages:
         if _INPUT not in stage.inputs:
             continue
-        plan = PlanTrialsOperator(
-            task_id="plan_trials",
-            execution_timeout=timedelta(minutes=15),
-            doc_md="Say in how many shares the trials are done.",
-        )
+        plan = PlanTrialsOperator(task_id="plan_trials", doc_md="Say in how many shares the trials are done.")
         share, collect = _operators()
         # Of a mapped task, Airflow reads its limit there, and not where it is made.
         limits = {"execution_timeout": stage_timeout("trials")}
@@ -58,14 +51,16 @@ def _operators() -> tuple[type[BaseOperator], type[BaseOperator]]:
     return TrialsOperator, CollectTrialsOperator
 
 
-class PlanTrialsOperator(BaseOperator):
-    """Returns one entry per share."""
+class PlanTrialsOperator(CommandOperator):
+    """Returns one entry per share; the plan needs no more than the run's parameters."""
+
+    def perch_words(self, context: Context) -> list[str]:
+        """Ask for the plan."""
+        return ["trials", "plan", "--run", context["dag_run"].run_id]
 
     def execute(self, context: Context) -> list[dict[str, int]]:
-        """Ask for the plan; it needs no more than the run's parameters."""
-        outcome = run_perch(SubprocessHook(), "trials", "plan", "--run", context["dag_run"].run_id, "--json")
-        outcome.raise_for_exit("perch trials plan")
-        shares: list[dict[str, int]] = outcome.result["shares"]
+        """Ask for it."""
+        shares: list[dict[str, int]] = super().execute(context)["shares"]
         return shares
 
 
@@ -80,25 +75,20 @@ class TrialsOperator(CommandOperator):
 
     def __init__(self, *, share: dict[str, int], **kwargs: Any) -> None:
         kwargs.setdefault("execution_timeout", stage_timeout("trials"))
-        super().__init__(words=[], **kwargs)
+        super().__init__(**kwargs)
         self.share = share
 
-    def execute(self, context: Context) -> dict[str, Any]:
-        """Run it."""
-        self.words = share_words(self.share, context)
-        return super().execute(context)
+    def perch_words(self, context: Context) -> list[str]:
+        """The same command as in a pod."""
+        return share_words(self.share, context)
 
 
 class CollectTrialsOperator(CommandOperator):
     """Collects the trials in a process."""
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(words=[], **kwargs)
-
-    def execute(self, context: Context) -> dict[str, Any]:
-        """Collect them."""
-        self.words = collect_words(context)
-        return super().execute(context)
+    def perch_words(self, context: Context) -> list[str]:
+        """The same command as in a pod."""
+        return collect_words(context)
 
 
 def share_words(share: Mapping[str, int], context: Context) -> list[str]:
