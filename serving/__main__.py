@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from pipelines.core.release_signing import find_public_keys, verify_file
-from pipelines.errors import PerchError, Refusal
+from pipelines.errors import EXIT_TRY_LATER, PerchError, Refusal
 from serving.fetching import FetchedRelease, fetch_release
 from serving.settings import ServingSettings, get_serving_settings
 from serving.unpacking import unpack_release
@@ -29,7 +29,7 @@ _OTLP_ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_END
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Start the server, or say why not and exit: 65 for what is refused, 75 for a store that is away."""
+    """Start the server, or say why not and exit: 65 for what is refused, 75 for a store that is away or a full disk."""
     options = _parse(arguments)
     try:
         settings = get_serving_settings()
@@ -42,6 +42,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except PerchError as error:
         _say(f"{'refused' if isinstance(error, Refusal) else 'failed'}: {error}")
         sys.exit(error.exit_code)
+    except OSError as error:  # a full disk, a folder that may not be written: nothing against the release
+        _say(
+            f"failed: {error}\n  what to do: see that there is room, and that the folder may be written; then try again"
+        )
+        sys.exit(EXIT_TRY_LATER)
     host, port = options.host or settings.host, options.port or settings.port
     command = [sys.executable, "-m", "bentoml", "serve", str(folder), "--host", host, "--port", str(port)]
     os.execve(sys.executable, command, server_environment(settings, folder))  # noqa: S606
@@ -107,7 +112,8 @@ def server_environment(settings: ServingSettings, bento: Path) -> dict[str, str]
     if not any(environment.get(name) for name in _OTLP_ENDPOINTS):
         environment["OTEL_SDK_DISABLED"] = "true"  # spans are made even where nobody takes them
     if settings.s3_endpoint_url:
-        environment["AWS_ENDPOINT_URL"] = settings.s3_endpoint_url
+        # For releases whose code still asks boto3; of S3 alone, for a role's credentials come from elsewhere.
+        environment["AWS_ENDPOINT_URL_S3"] = settings.s3_endpoint_url
     # BentoML changes into the Bento's folder, where a relative path would mean something else.
     for name in ("spool_dir", "api_keys_file", "rate_limits_dir"):
         path = getattr(settings, name)

@@ -71,9 +71,12 @@ def fetch_release(address: str, cache: Path, *, digest: str = "", s3_endpoint_ur
 def _resolve(address: str, digest: str) -> tuple[str, str]:
     """The address of one file, and the digest that it must have."""
     folder = not address.endswith(RELEASE_SUFFIX)
-    if digest and len(digest) != 64:
+    if digest and digest_in_name(release_name(digest)) is None:
         raise Refusal(
-            "--digest", digest, limit="a SHA-256: 64 hexadecimal digits", way_out="`perch models show VERSION`"
+            "--digest",
+            digest,
+            limit="a SHA-256: 64 hexadecimal digits in small letters",
+            way_out="`perch models show VERSION`",
         )
     if folder and not digest and not address.startswith(_S3):
         found = sorted(Path(address).glob(f"*{RELEASE_SUFFIX}"))

@@ -48,7 +48,9 @@ def test_fetch_release__file_under_another_name__needs_the_digest(store: Path, t
 
 
 @pytest.mark.parametrize(
-    ("digest", "says"), [("0" * 64, "is not the expected one"), ("abc", "--digest")], ids=["another", "short"]
+    ("digest", "says"),
+    [("0" * 64, "is not the expected one"), ("abc", "--digest"), ("../" * 21 + "x", "--digest")],
+    ids=["another", "short", "no digits"],
 )
 def test_fetch_release__digest_that_does_not_match_the_name__is_refused(
     store: Path, tmp_path: Path, digest: str, says: str
