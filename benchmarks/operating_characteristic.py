@@ -12,9 +12,11 @@ from pathlib import Path
 
 from pipelines.core.canary_observations import CanaryLimits
 from pipelines.core.operating_characteristic import (
+    Late,
     Outcomes,
     ThresholdGate,
     error_streams,
+    of_agreement,
     of_judgement,
     of_latency_bound,
     of_sequential_test,
@@ -34,6 +36,13 @@ GATES = {
     "ten windows of 600, two may fail": ThresholdGate(600, 10, 2),
 }
 LONG = ThresholdGate(6_000, 10)
+LATE: dict[str, Late] = {
+    "all of shadow": "nothing",
+    "and since the best moment": "since the best moment",
+    "and the last 200": 200,
+}
+LOOK_REQUESTS = 30  # 10 a second, of which there is something new to see every 3 s
+STEP_LOOKS = 200  # 10 minutes
 
 
 def main() -> None:
@@ -46,6 +55,8 @@ def main() -> None:
     bad_network(arguments.streams // 4)
     detection(arguments.streams // 10)
     latency(arguments.streams)
+    agreement(arguments.streams // 4)
+    late_fault(arguments.streams // 4)
     draw(arguments.figure)
 
 
@@ -144,6 +155,56 @@ def latency(streams: int) -> None:
     for share in (0.0, 0.01, 0.03, 0.04, 0.05, 0.06, 0.08, 0.2):
         one = of_latency_bound(LIMITS, share, requests=STREAM_REQUESTS, streams=streams // 4, seed=SEED)
         _row([_percent(share), _percent(one.promoted), _percent(one.rolled_back), f"{one.requests:,.0f}"])
+
+
+def agreement(streams: int) -> None:
+    """The gate on agreement, with each of the ways to see a late fault."""
+    _head(
+        "Agreement with the champion, at least 90 % asked; 6,000 mirrored requests at least, 20,000 at most",
+        ["true agreement", *(f"{name}: promoted, rolled back, requests" for name in LATE)],
+    )
+    looks = STREAM_REQUESTS // LOOK_REQUESTS
+    for share in (0.97, 0.95, 0.93, 0.92, 0.91, 0.9, 0.88):
+        seen = [_of_agreement([1 - share] * looks, streams, late) for late in LATE.values()]
+        cells = (f"{_percent(one.promoted)}, {_percent(one.rolled_back)}, {one.requests:,.0f}" for one in seen)
+        _row([_percent(share), *cells])
+
+
+def late_fault(streams: int) -> None:
+    """A model that agrees in 97 % until a fault begins: how often does it reach the first clients?"""
+    _head(
+        "A fault that begins late in 6,000 mirrored requests: promoted, and requests until it is rolled back",
+        ["same label then, in the last", *LATE],
+    )
+    looks = STEP_LOOKS + 100
+    for share in (0.8, 0.6, 0.0):
+        for last in (1_200, 600, 300, 60, 30):
+            good = STEP_LOOKS - last // LOOK_REQUESTS
+            rates = [0.03] * good + [1 - share] * (looks - good)
+            seen = [_of_agreement(rates, streams, late) for late in LATE.values()]
+            began = good * LOOK_REQUESTS
+            _row(
+                [
+                    f"{_percent(share)}, {last:,}",
+                    *(f"{_percent(one.promoted)}, {_after(one, began)}" for one in seen),
+                ]
+            )
+
+
+def _of_agreement(disagreement: Sequence[float], streams: int, late: Late) -> Outcomes:
+    return of_agreement(
+        LIMITS,
+        disagreement,
+        look_requests=LOOK_REQUESTS,
+        step_looks=STEP_LOOKS,
+        streams=streams,
+        seed=SEED,
+        late=late,
+    )
+
+
+def _after(one: Outcomes, began: int) -> str:
+    return f"{one.requests_to_roll_back - began:,.0f}" if one.rolled_back else "never"
 
 
 def draw(figure_file: Path) -> None:

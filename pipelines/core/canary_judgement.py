@@ -65,12 +65,14 @@ def judge(window: CanaryWindow, limits: CanaryLimits, *, phase: Phase) -> Judgem
     """
     errors, errors_turned = judge_errors(window, limits)
     latency, latency_turned = judge_latency(window, limits)
-    gates = [errors, latency, judge_crashes(window, limits)]
-    if phase == "shadow":
-        gates = [_watched(gate) if gate.name in _WATCHED_IN_SHADOW else gate for gate in gates]
-        gates += judge_mirror(window.mirror, limits)
-    elif window.mirror is not None:
-        gates += [_watched(gate) for gate in judge_mirror(window.mirror, limits)]
+    gates, turned = [errors, latency, judge_crashes(window, limits)], {ERRORS: errors_turned, LATENCY: latency_turned}
+    if phase == "shadow" or window.mirror is not None:
+        mirrored, mirror_turned = judge_mirror(window.mirror, limits, window.turning_points)
+        turned |= mirror_turned
+        if phase == "shadow":
+            gates = [_watched(gate) if gate.name in _WATCHED_IN_SHADOW else gate for gate in gates] + mirrored
+        else:
+            gates += [_watched(gate) for gate in mirrored]
     missing = tuple(dict.fromkeys(what for gate in gates for what in gate.missing))
     verdict = _overall(gates, bool(missing))
     return Judgement(
@@ -79,7 +81,7 @@ def judge(window: CanaryWindow, limits: CanaryLimits, *, phase: Phase) -> Judgem
         missing=missing,
         exhausted=verdict == NEED_MORE_DATA and any(gate.exhausted and gate.required for gate in gates),
         shared_trouble=verdict == NEED_MORE_DATA and any(gate.shared_trouble for gate in gates),
-        turning_points={ERRORS: errors_turned, LATENCY: latency_turned},
+        turning_points=turned,
         sentence=_reason(verdict, gates, missing),
     )
 

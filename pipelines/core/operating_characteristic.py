@@ -9,15 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.core.canary_judgement import judge
 from pipelines.core.canary_observations import CanaryLimits, CanaryWindow, Counts, SlotWindow
+from pipelines.core.late_change import clearly_bad_share, late_boundary
 from pipelines.core.sequential_test import PROMOTE, ROLL_BACK, ErrorRateTest
 
 _CHUNK = 100  # streams in memory at a time
+
+Late = Literal["nothing", "since the best moment"] | int
+"""What of the last requests is held to a limit as well: nothing, all since the best moment, or so many of them."""
 
 
 @dataclass(frozen=True)
@@ -165,25 +170,94 @@ def of_latency_bound(limits: CanaryLimits, slow_share: float, *, requests: int, 
         streams: to simulate.
         seed: of the simulation.
     """
-    from scipy.special import betaincc, betaln
-
     allowed = 1 - limits.quantile
     slow = error_streams(slow_share, streams, requests, seed).cumsum(axis=1)[:, 9::10].astype(np.float64)
     sent = np.arange(10, 10 * slow.shape[1] + 1, 10, dtype=np.float64)
-
-    def evidence(total: NDArray[np.float64], share: float) -> NDArray[np.float64]:
-        """`log_evidence_above`, for arrays."""
-        with np.errstate(divide="ignore"):
-            beyond = np.log(betaincc(total + 1, sent - total + 1, share))
-        likelihood = total * np.log(share) + (sent - total) * np.log1p(-share)
-        return np.asarray(betaln(total + 1, sent - total + 1) + beyond - np.log1p(-share) - likelihood)
-
-    promotes = evidence(sent - slow, 1 - allowed) >= -math.log(limits.beta)
-    rolls_back = evidence(slow, allowed) >= -math.log(limits.alpha)
+    promotes = _log_evidence_above(sent - slow, sent, 1 - allowed) >= -math.log(limits.beta)
+    rolls_back = _log_evidence_above(slow, sent, allowed) >= -math.log(limits.alpha)
     over = promotes | rolls_back
     end = np.where(over.any(axis=1), over.argmax(axis=1), over.shape[1] - 1)
     rows = np.arange(streams)
     return _outcomes(sent[end], promotes[rows, end], rolls_back[rows, end])
+
+
+def of_agreement(
+    limits: CanaryLimits,
+    disagreement: Sequence[float],
+    *,
+    look_requests: int,
+    step_looks: int,
+    streams: int,
+    seed: int,
+    late: Late = "since the best moment",
+) -> Outcomes:
+    """Run the gate on agreement over streams of mirrored requests whose agreement may change from look to look.
+
+    Args:
+        limits: of the gate.
+        disagreement: true share of other labels between each two looks; its length is the number of looks.
+        look_requests: mirrored requests between two looks.
+        step_looks: looks before which nothing is promoted, as `min_step_s` has it.
+        streams: to simulate.
+        seed: of the simulation.
+        late: what else is held to the limit, beside all requests together.
+    """
+    allowed, looks = 1 - limits.min_agreement, len(disagreement)
+    random = np.random.default_rng(seed)
+    other = random.binomial(look_requests, disagreement, (streams, looks)).cumsum(axis=1).astype(np.float64)
+    sent = np.broadcast_to(look_requests * np.arange(1.0, looks + 1), other.shape)
+    promotes = _log_evidence_above(sent - other, sent, 1 - allowed) >= -math.log(limits.beta)
+    promotes[:, : step_looks - 1] = False
+    if late == "nothing":
+        rolls_back = _log_evidence_above(other, sent, allowed) >= -math.log(limits.alpha)
+    else:
+        rolls_back = _log_evidence_above(other, sent, allowed) >= -math.log(limits.alpha / 2)
+        boundary = late_boundary(limits.max_requests, limits.alpha / 2)
+        if late == "since the best moment":
+            last_other, last_sent = _since_best_moments(other, sent, allowed)
+            evidence = _log_evidence_above(last_other, last_sent, allowed)
+            promotes &= evidence < -math.log(limits.beta)
+        else:
+            before = late // look_requests
+            last_other = other - np.pad(other, ((0, 0), (before, 0)))[:, :looks]
+            last_sent = sent - np.pad(sent, ((0, 0), (before, 0)))[:, :looks]
+            evidence = _log_evidence_above(last_other, last_sent, allowed)
+            last_holds = _log_evidence_above(last_sent - last_other, last_sent, 1 - allowed) >= -math.log(limits.beta)
+            promotes &= last_holds
+        rolls_back |= evidence >= boundary
+    promotes &= ~rolls_back
+    over = promotes | rolls_back
+    end = np.where(over.any(axis=1), over.argmax(axis=1), looks - 1)
+    rows = np.arange(streams)
+    return _outcomes(sent[rows, end], promotes[rows, end], rolls_back[rows, end])
+
+
+def _since_best_moments(
+    bad: NDArray[np.float64], sent: NDArray[np.float64], allowed: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """`late_stretch` at each look of each stream, `(streams, looks)`: bad and all requests since the best moment."""
+    worse = clearly_bad_share(allowed)
+    ratio = bad * math.log(worse / allowed) + (sent - bad) * math.log((1 - worse) / (1 - allowed))
+    lowest = np.minimum(np.minimum.accumulate(ratio, axis=1), 0.0)
+    is_best = ratio <= lowest
+    last_bad, last_sent = np.zeros_like(bad), np.zeros_like(bad)
+    best_bad, best_sent = np.zeros(len(bad)), np.zeros(len(bad))
+    for look in range(bad.shape[1]):
+        best_bad = np.where(is_best[:, look], bad[:, look], best_bad)
+        best_sent = np.where(is_best[:, look], sent[:, look], best_sent)
+        last_bad[:, look] = bad[:, look] - best_bad
+        last_sent[:, look] = sent[:, look] - best_sent
+    return last_bad, last_sent
+
+
+def _log_evidence_above(total: NDArray[np.float64], trials: NDArray[np.float64], share: float) -> NDArray[np.float64]:
+    """`share_bounds.log_evidence_above`, for arrays."""
+    from scipy.special import betaincc, betaln
+
+    with np.errstate(divide="ignore"):
+        beyond = np.log(betaincc(total + 1, trials - total + 1, share))
+    likelihood = total * np.log(share) + (trials - total) * np.log1p(-share)
+    return np.asarray(betaln(total + 1, trials - total + 1) + beyond - np.log1p(-share) - likelihood)
 
 
 def _slot(requests: float, errors: float) -> SlotWindow:

@@ -201,6 +201,71 @@ def test_judge__a_canary_that_turns_slow_after_a_long_time__is_caught_by_its_tur
     assert _judge(turned).gate("latency").verdict == ROLL_BACK
 
 
+LATE_FAULTS = {
+    # Pairs of the last requests, their mean difference of probabilities, and the gate that has to see them.
+    "two frequent labels swapped": ({("cell", "debris"): 20.0, ("debris", "cell"): 20.0}, 0.9, "agreement"),
+    "two rare labels swapped": ({("cell", "cell"): 1000.0, ("debris", "stain"): 30.0}, 0.03, "labels"),
+    "other probabilities": ({("cell", "cell"): 120.0}, 0.5, "scores"),
+}
+
+
+@pytest.mark.parametrize(("pairs", "difference", "gate"), LATE_FAULTS.values(), ids=LATE_FAULTS)
+def test_judge__mirrored_requests_turn_bad_after_a_long_time__are_caught_by_their_turning_points(
+    pairs: dict[tuple[str, str], float], difference: float, gate: str
+) -> None:
+    """4,000 good copies are no credit: over all of them the fault is diluted to nothing."""
+    good = {("cell", "cell"): 3_000.0, ("debris", "debris"): 900.0, ("cell", "debris"): 100.0}
+    before = _judge(replace(SHADOW, mirror=_mirror(good)), "shadow")
+    assert before.verdict == PROMOTE
+    both = {pair: good.get(pair, 0.0) + pairs.get(pair, 0.0) for pair in {**good, **pairs}}
+    late = replace(SHADOW, mirror=_mirror(both, 120.0 + difference * sum(pairs.values())))
+    assert _judge(late, "shadow").verdict == PROMOTE
+    judgement = _judge(replace(late, turning_points=before.turning_points), "shadow")
+    assert judgement.verdict == ROLL_BACK
+    assert judgement.gate(gate).verdict == ROLL_BACK
+    assert " alone" in judgement.gate(gate).sentence
+
+
+@pytest.mark.parametrize(
+    ("pairs", "difference", "gate"),
+    [
+        ({("cell", "cell"): 6.0, ("cell", "debris"): 6.0}, 0.03, "agreement"),
+        ({("cell", "cell"): 90.0, ("debris", "stain"): 9.0}, 0.03, "labels"),
+        ({("cell", "cell"): 12.0}, 0.9, "scores"),
+    ],
+    ids=["agreement", "labels", "scores"],
+)
+def test_judge__a_few_last_copies_speak_against_it__hold_up_the_promotion_and_roll_nothing_back(
+    pairs: dict[tuple[str, str], float], difference: float, gate: str
+) -> None:
+    good = {("cell", "cell"): 3_000.0, ("debris", "debris"): 900.0, ("cell", "debris"): 100.0}
+    before = _judge(replace(SHADOW, mirror=_mirror(good)), "shadow")
+    both = {pair: good.get(pair, 0.0) + pairs.get(pair, 0.0) for pair in {**good, **pairs}}
+    mirror = _mirror(both, 120.0 + difference * sum(pairs.values()))
+    late = replace(SHADOW, mirror=mirror)
+    held = _judge(replace(late, turning_points=before.turning_points), "shadow")
+    assert held.verdict == NEED_MORE_DATA
+    assert [one.name for one in held.gates if one.required and one.verdict == NEED_MORE_DATA] == [gate]
+    assert " alone" in held.sentence
+    assert held.gate(gate).requests_left is None
+    recovered = {**both, ("cell", "cell"): both[("cell", "cell")] + 60, ("debris", "debris"): 940.0}
+    mirror = _mirror(recovered, 123.0 + difference * sum(pairs.values()))
+    later = replace(late, mirror=mirror, turning_points=held.turning_points)
+    assert _judge(later, "shadow").verdict == PROMOTE
+
+
+def test_judge__no_mirrored_requests_for_a_look__keeps_their_turning_points() -> None:
+    before = _judge(SHADOW, "shadow").turning_points
+    away = _judge(replace(SHADOW, mirror=None, turning_points=before), "shadow")
+    assert {name for name in before if name not in ("errors", "latency")} == {
+        "agreement",
+        "labels:cell",
+        "labels:debris",
+        "scores",
+    }
+    assert away.turning_points == before
+
+
 def test_judge__both_slots_turn_bad_after_a_long_time__holds() -> None:
     healthy = _judge(CanaryWindow(_slot(100_000, 20), _slot(100_000, 20), 0.5))
     both = CanaryWindow(_slot(100_300, 50), _slot(100_300, 50), 0.5, turning_points=healthy.turning_points)

@@ -10,7 +10,7 @@ import pytest
 from pipelines.core.canary_observations import MirrorWindow
 from pipelines.params import ModelReleaseParams
 from pipelines.release.gates import Gates, forecast, limits_of
-from pipelines.release.rollout_state import RolloutState, from_document
+from pipelines.release.rollout_state import RolloutState, StepReading, from_document
 from pipelines.release.steps import SHADOW, Phase, Plan, Step
 from pipelines.release.targets import ProbeCounters, SlotCounters
 from pipelines.release.windows import Window, difference
@@ -78,6 +78,21 @@ def test_gates__shadow_with_swapped_labels__is_rolled_back_whatever_its_latency(
     reading = Gates(lambda _: mirror, lambda: EPOCH)(replace(STATE, step=SHADOW), Window(counters(200), counters(200)))
     assert reading.verdict == "roll back"
     assert "agreement" in reading.reason
+
+
+def test_gates__shadow_that_turns_bad_at_its_end__is_rolled_back_by_what_was_remembered() -> None:
+    seen = [MirrorWindow(["1", "3"], {("3", "3"): 4_000, ("1", "1"): 900, ("1", "3"): 90}, 150.0)]
+    seen.append(MirrorWindow(["1", "3"], {**seen[0].pairs, ("3", "3"): 4_030, ("3", "1"): 30}, 180.0))
+    window, shadow = Window(counters(5_000), counters(5_000)), replace(STATE, step=SHADOW)
+
+    def look(mirror: MirrorWindow, state: RolloutState) -> StepReading:
+        return Gates(lambda _: mirror, lambda: EPOCH)(state, window)
+
+    first = look(seen[0], shadow)
+    assert first.verdict == "promote"
+    state = from_document(replace(shadow, reading=first).to_document())
+    assert look(seen[1], state).verdict == "roll back"
+    assert look(seen[1], shadow).verdict == "promote", "on the whole it agrees"
 
 
 def test_gates__shadow_without_a_source_of_copies__never_promotes() -> None:
