@@ -37,13 +37,16 @@ RUN ln -s /opt/perch/lib/python3.11/site-packages/pipelines /opt/perch/project/p
     && mkdir -p /var/lib/perch && chown 10001:10001 /var/lib/perch
 USER 10001:10001
 WORKDIR /var/lib/perch
-# A commit cannot be asked for where there is no Git.
+# A commit cannot be asked for where there is no Git, nor a user's name where no file has it; and DVC keeps its locks in
+# /var/tmp, which cannot be written where the root file system is read-only.
 ENV PATH=/opt/perch/bin:/usr/local/bin:/usr/bin:/bin \
     HOME=/var/lib/perch \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     PERCH_HOME=/var/lib/perch \
     PERCH_PROJECT_DIR=/opt/perch/project \
+    USER=perch \
+    DVC_SITE_CACHE_DIR=/var/lib/perch/dvc-site \
     PERCH_GIT_SHA=${GIT_SHA}
 VOLUME ["/var/lib/perch", "/tmp"]
 ENTRYPOINT ["perch"]

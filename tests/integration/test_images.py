@@ -60,7 +60,9 @@ def images() -> dict[str, tuple[str, int]]:
 
 def podman(tag: str, *words: str, options: tuple[str, ...] = ()) -> list[str]:
     limits = ("--ulimit", "nofile=20000:20000", "--ulimit", "nproc=20000:20000")
-    locked = ("--read-only", "--cap-drop", "all", "--security-opt", "no-new-privileges")
+    # What podman else adds of its own accord, no cluster does: a user's name, and folders that can be written.
+    alone = ("--read-only-tmpfs=false", "--passwd=false")
+    locked = ("--read-only", *alone, "--cap-drop", "all", "--security-opt", "no-new-privileges")
     return ["podman", "run", "--rm", "--runtime", "runc", "--network", "host", *limits, *locked, *options, tag, *words]
 
 
