@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from pipelines.core.image_limits import DEFAULT_MAX_BODY_BYTES
-from pipelines.core.request_origins import SHADOW_HEADER
+from pipelines.core.request_origins import SHADOW_HEADER, is_copy
 from pipelines.release.envoy import bootstrap, read_config_dump, read_healthy_clusters, route_table
 from pipelines.release.local_layout import LocalLayout, LocalPorts, SlotPorts
 from pipelines.release.local_plan import PROCESSES, Plan
@@ -93,8 +93,8 @@ class Front:
         return httpx.get(f"http://127.0.0.1:{self.ports.admin}{path}").json()
 
     def close(self) -> None:
-        self.process.terminate()
-        self.process.wait(10)
+        self.process.kill()
+        self.process.wait(60)
         self.stable.close()
         self.canary.close()
 
@@ -105,7 +105,7 @@ class Front:
         draft.replace(self.layout.routes_file)
 
     def _wait_in_force(self) -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             try:
                 found = read_config_dump(self.ask("/config_dump?resource=dynamic_route_configs"))
@@ -130,7 +130,7 @@ def test_envoy__mirror__copies_alone_are_marked_and_carry_the_same_request_id(fr
     body = b"x" * 3_000_000  # larger than Envoy holds by default
     assert front.post(body, x_request_id="mine", **{SHADOW_HEADER: "1"}).text == "stable"
     assert front.post().text == "stable"
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while len(front.canary.requests) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
     (original, size), (second, _) = front.stable.requests
@@ -140,8 +140,8 @@ def test_envoy__mirror__copies_alone_are_marked_and_carry_the_same_request_id(fr
     assert second["x-request-id"] == second_copy["x-request-id"]
     assert SHADOW_HEADER not in original  # nor may a client pass its request off as a copy
     assert copy[SHADOW_HEADER] == "1"
-    assert "-shadow" in copy["host"]
-    assert "-shadow" not in original["host"]
+    assert is_copy({"host": copy["host"]})  # by that alone, too: on a cluster nobody sets the header
+    assert not is_copy({"host": original["host"]})
 
 
 def test_envoy__body_larger_than_what_is_held_back__is_passed_on(front: Front) -> None:

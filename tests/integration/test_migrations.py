@@ -266,6 +266,13 @@ def test_roll_back__database_newer_than_the_code__moves_the_traffic_all_the_same
     assert not outcome.is_recorded
 
 
+def forking() -> Any:
+    """Forks from a process that runs nothing else: locks that threads of other tests hold would stay held in a fork."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
 def upgrade_in_a_process(url: str, ready: Any) -> None:
     database = Database(url)
     ready.wait()
@@ -274,7 +281,7 @@ def upgrade_in_a_process(url: str, ready: Any) -> None:
 
 def test_upgrade__three_processes_at_once__is_applied_once(url: str, database: Database) -> None:
     old = make_old(url)
-    context = multiprocessing.get_context("spawn")
+    context = forking()
     ready = context.Barrier(3)
     processes = [context.Process(target=upgrade_in_a_process, args=(url, ready)) for _ in range(3)]
     for process in processes:
@@ -300,9 +307,10 @@ def upgrade_and_die(url: str, at: int) -> None:
 
 
 def test_upgrade__killed_before_each_statement__is_whole_or_was_never_begun(url: str, tmp_path: Path) -> None:
+    context = forking()
     for at in count(1, 1 if url.startswith("sqlite") else 4):
         old = make_old(url)
-        process = multiprocessing.get_context("fork").Process(target=upgrade_and_die, args=(url, at))
+        process = context.Process(target=upgrade_and_die, args=(url, at))
         process.start()
         process.join(60)
         database = Database(url)
