@@ -222,9 +222,12 @@ def test_prediction_log__s3_down_and_up_again__loses_nothing_and_queries_find_it
 
 
 @pytest.mark.services
-def test_queries__s3_does_not_answer_or_has_no_bucket__say_which(moto: Moto, tmp_path: Path) -> None:
+def test_queries__s3_does_not_answer_or_has_no_bucket__say_which(
+    moto: Moto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from pipelines.errors import Refusal, TryLater
 
+    monkeypatch.setenv("PERCH_S3_ATTEMPTS", "1")  # seconds pass between two
     settings = Settings(home=tmp_path, predictions_url="s3://there-is-none")
     with Predictions(open_store(settings)) as predictions, pytest.raises(TryLater, match="cannot be reached"):
         predictions.latest(Filter(), 1)

@@ -35,6 +35,7 @@ pytestmark = pytest.mark.services
 BUCKET = "releases"
 MODEL = "shapes-classification"
 START_LIMIT_S = 60.0  # 2 s on an idle machine
+AWAY = "http://127.0.0.1:9"  # nobody listens there
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +72,8 @@ class Released:
         given = {"WORKERS": "1", "AUTHENTICATION": "off", "CACHE_DIR": str(self.cache), "HOST": "127.0.0.1"}
         given |= {"SPOOL_DIR": str(self.cache / "spool"), "S3_ENDPOINT_URL": self.settings.s3_endpoint_url} | settings
         environment |= {f"PERCH_SERVING_{name}": value for name, value in given.items()}
+        if given["S3_ENDPOINT_URL"] == AWAY:
+            environment["PERCH_S3_ATTEMPTS"] = "1"  # seconds pass between two
         with self.log.open("w") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "serving", *arguments],
@@ -164,7 +167,7 @@ def test_release__packaged_into_a_bucket__is_fetched_verified_and_served(release
 
     # The store goes away; what was fetched and verified once is verified again, and serves.
     server = released.start(
-        package.address, "--public-key", str(released.public), "--port", str(port), S3_ENDPOINT_URL="http://127.0.0.1:9"
+        package.address, "--public-key", str(released.public), "--port", str(port), S3_ENDPOINT_URL=AWAY
     )
     try:
         wait_until_ready(released, server, url)
@@ -176,7 +179,7 @@ def test_release__fetched_first__is_served_from_a_read_only_folder_without_the_s
     released: Released, tmp_path: Path
 ) -> None:
     package, folder = released.package, tmp_path / "pod" / "release"
-    trusted, away = ("--public-key", str(released.public)), "http://127.0.0.1:9"
+    trusted, away = ("--public-key", str(released.public)), AWAY
     fetching = ("--fetch-only", str(folder))
     stranger = keys.create_key(released.settings, "stranger")
 
@@ -235,20 +238,21 @@ def test_release__each_way_to_be_wrong__keeps_the_server_from_starting_and_is_na
     # Another release under the same signature: a file that the key never signed.
     assert "is not the expected one" in released.refused(str(file), "--digest", "0" * 64, *trusted)
     shutil.rmtree(released.cache)
-    away = released.refused(
-        released.package.address, *trusted, code=EXIT_TRY_LATER, S3_ENDPOINT_URL="http://127.0.0.1:9"
-    )
+    away = released.refused(released.package.address, *trusted, code=EXIT_TRY_LATER, S3_ENDPOINT_URL=AWAY)
     assert "cannot be reached" in away
     absent = f"s3://{BUCKET}/elsewhere/{digest}.bento"
     assert "does not exist" in released.refused(absent, *trusted)
 
 
-def test_bucket__missing_or_away__is_refused_or_told_to_try_later(endpoint: str, tmp_path: Path) -> None:
+def test_bucket__missing_or_away__is_refused_or_told_to_try_later(
+    endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PERCH_S3_ATTEMPTS", "1")  # seconds pass between two
     file = tmp_path / "file"
     file.write_bytes(b"content")
     missing = Settings(home=tmp_path, releases_url="s3://no-such-bucket/x", s3_endpoint_url=endpoint)
     with pytest.raises(Refusal, match="NoSuchBucket"):
         open_store(missing).put("name", file)
-    away = missing.model_copy(update={"s3_endpoint_url": "http://127.0.0.1:9"})
+    away = missing.model_copy(update={"s3_endpoint_url": AWAY})
     with pytest.raises(TryLater, match="cannot be reached"):
         open_store(away).put("name", file)

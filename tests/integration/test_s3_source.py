@@ -160,7 +160,8 @@ def test_s3_source__nothing_under_the_prefix__is_refused(bucket, read):
         read(f"s3://{bucket.name}/nothing/")
 
 
-def test_s3_source__no_server__may_be_tried_later(bucket, read):
+def test_s3_source__no_server__may_be_tried_later(bucket, read, monkeypatch):
+    monkeypatch.setenv("PERCH_S3_ATTEMPTS", "1")  # seconds pass between two
     with pytest.raises(TryLater, match="cannot be reached"):
         read(f"s3://{bucket.name}/scans/", endpoint_url=f"http://127.0.0.1:{free_port()}")
 
