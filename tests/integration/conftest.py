@@ -52,6 +52,7 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
     policy.write_text("{}\n")
     # The services inherit these.
     own = {"RETRY_DELAY_S": "1", "PROMOTION_POLICY": str(policy), "APPROVERS": "approver scientist"}
+    own |= {"SERVING_FLUSH_INTERVAL_S": "1"}  # a gate of `shadow` reads the predictions that were kept
     own = {f"PERCH_{name}": value for name, value in own.items()}
     os.environ.update(own)
     try:
