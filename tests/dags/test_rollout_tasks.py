@@ -75,14 +75,14 @@ def test_rollout__with_limits_of_its_own__is_looked_at_at_their_pace(
 ) -> None:
     own = state(CANARY, plan=Plan(ModelReleaseParams(min_step_s=5, max_step_s=60)))
     monkeypatch.setattr(rollout_tasks, "run_perch", lambda *_: CommandOutcome(0, own))
-    task = SimpleNamespace(xcom_pull=lambda task_ids: {"rollout_id": "digits:2:9b1e:1"})  # noqa: ARG005
+    task = SimpleNamespace(xcom_pull=lambda task_ids: {"rollout_id": "digits:2:9b1e:1"})
     assert sensor.poke_interval == 10.0
     assert not sensor.poke({"ti": task}).is_done  # type: ignore[typeddict-item]
     assert sensor.poke_interval == 2.0
 
 
 def test_rollout__its_call_killed_again_and_again__is_called_again_within_seconds(sensor: RolloutSensor) -> None:
-    with DAG("d", default_args=default_args()):
+    with DAG("d", schedule=None, default_args=default_args()):
         in_dag = RolloutSensor(task_id="roll_out", release=ModelReleaseParams())
     for each in (sensor, in_dag):
         assert (each.retries, each.retry_delay, each.retry_exponential_backoff) == (20, timedelta(seconds=5), False)
