@@ -61,7 +61,7 @@ def same_worker(served: Server) -> Iterator[None]:
     before, logged = served.workers(), len(served.log)
     yield
     assert served.workers() == before
-    assert served.is_ready()
+    served.wait_until_ready()
     assert "Traceback" not in served.log[logged:]
 
 
@@ -192,7 +192,15 @@ def test_event_loop__while_the_slowest_images_are_decoded__goes_on_answering(ser
     with served.client() as client, served.client() as other:
         quick = encode(photograph(28, 28))
         client.post("/v1/predict", content=quick)
-        thread = threading.Thread(target=lambda: [other.post("/v1/predict", content=slow) for _ in range(3)])
+        slow_s: list[float] = []
+
+        def ask_slowly() -> None:
+            for _ in range(3):
+                began = time.perf_counter()
+                other.post("/v1/predict", content=slow)
+                slow_s.append(time.perf_counter() - began)
+
+        thread = threading.Thread(target=ask_slowly)
         thread.start()
         waited = []
         while thread.is_alive():
@@ -204,8 +212,9 @@ def test_event_loop__while_the_slowest_images_are_decoded__goes_on_answering(ser
     print(
         f"{len(waited)} answers, the median in {1000 * waited[len(waited) // 2]:.1f} ms, the last in {waited[-1]:.3f} s"
     )
-    assert waited[len(waited) // 2] < 0.1
-    assert waited[-1] < 1
+    # By the slow ones' own time, which a busy machine stretches, too.
+    assert waited[len(waited) // 2] < min(slow_s) / 4
+    assert len(waited) > 12
 
 
 def exchange(server: Server, *pieces: bytes, patience_s: float = 8.0, half_close: bool = False) -> bytes:
@@ -312,7 +321,7 @@ def test_http__head_without_an_end__is_refused_while_it_is_small(served: Server)
         exchange(served, head(served, "Transfer-Encoding: chunked"), trailers)
         extension = b"5;" + b"a" * 20_000_000
         exchange(served, head(served, "Transfer-Encoding: chunked"), extension)
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 16  # four that are waited for would each take the five seconds of the limit
 
 
 def test_http__chunks_of_one_byte__are_a_body_like_any(served: Server) -> None:
@@ -340,12 +349,12 @@ def test_http__slow_clients__get_408_each_after_the_limit_and_hold_up_nobody(ser
         thread.start()
     began = time.monotonic()
     assert httpx.get(f"{served.url}/livez").status_code == 200
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 4  # before any of them is told to go
     for thread in threads:
         thread.join()
     for name, (answer, seconds) in answers.items():
         assert answer.startswith(b"HTTP/1.1 408 ") or (name == "nothing" and answer == b""), (name, answer)
-        assert 4.5 < seconds < 8, name
+        assert 4.5 < seconds < 15, name
 
 
 def test_http__clients_that_leave_early__leave_nothing_behind(served: Server) -> None:
@@ -353,12 +362,18 @@ def test_http__clients_that_leave_early__leave_nothing_behind(served: Server) ->
         for _ in range(30):
             with socket.create_connection(("127.0.0.1", served.port)) as connection:
                 connection.sendall(head(served, "Content-Length: 5000000") + bytes(1_000_000))
+        deadline = time.monotonic() + 20
+        while not in_flight(client).endswith(" 1.0"):  # the one that asks
+            assert time.monotonic() < deadline, in_flight(client)
+            time.sleep(0.05)
         # The room that their bodies took is free again: 256 MiB would not hold nine times this.
         for _ in range(3):
             assert client.post("/v1/predict", content=bytes(10_000_000)).status_code == 415
-        metrics = client.get("/metrics").text
-        (in_flight,) = [line for line in metrics.splitlines() if line.startswith("perch_requests_in_flight{")]
-        assert in_flight.endswith(" 1.0")  # this one
+
+
+def in_flight(client: httpx.Client) -> str:
+    lines = client.get("/metrics").text.splitlines()
+    return next(line for line in lines if line.startswith("perch_requests_in_flight{"))
 
 
 def test_http__pipelined_requests__are_answered_in_their_order(served: Server) -> None:

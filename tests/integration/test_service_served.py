@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import io
+import json
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import httpx
@@ -123,23 +125,22 @@ def test_limits__of_two_workers__hold_under_load(start: Callable[..., Server]) -
     image = encode(photograph(mode="L"))
 
     # A rate is shared by the workers: 30 at once, and not 30 each.
-    statuses: Counter[int] = Counter()
+    answers: list[httpx.Response] = []
 
     def ask() -> None:
         with httpx.Client(base_url=server.url, headers={"X-API-Key": rated, **NEW_CONNECTIONS}, timeout=30) as client:
-            for _ in range(15):
-                response = client.post("/v1/predict", content=image)
-                statuses[response.status_code] += 1
-                if response.status_code == 429:
-                    assert int(response.headers["Retry-After"]) > 1
+            answers.extend(client.post("/v1/predict", content=image) for _ in range(15))
 
     in_parallel(ask, 6)
+    statuses = Counter(answer.status_code for answer in answers)
+    assert all(int(answer.headers["Retry-After"]) > 1 for answer in answers if answer.status_code == 429)
     served = statuses[200] + statuses[503]  # what was full had been charged before
     assert served == 30, statuses
     assert statuses[429] == 60, statuses
 
     # What is more than a worker takes is told so at once, not queued; the probes answer all the while.
     waits: list[tuple[int, float]] = []
+    hints: list[str] = []
 
     slow = png_of_zeros(5000, 5000, depth=16, colour=6)
 
@@ -151,23 +152,29 @@ def test_limits__of_two_workers__hold_under_load(start: Callable[..., Server]) -
             began = time.perf_counter()
             response = client.post("/v1/predict", content=slow)
             waits.append((response.status_code, time.perf_counter() - began))
-            assert response.status_code == 200 or response.headers["Retry-After"] == "1"
+            hints.append(response.headers.get("Retry-After", ""))
 
     thread = threading.Thread(target=in_parallel, args=(ask_slowly, 12))
     thread.start()
     time.sleep(0.3)
+    probed: list[float] = []
     with httpx.Client(base_url=server.url) as client:
         for _ in range(10):
             began = time.perf_counter()
             probe = client.get("/readyz", headers={"X-Request-ID": "probe-1"})
             assert (probe.status_code, probe.headers["x-request-id"]) == (200, "probe-1")
-            assert time.perf_counter() - began < 0.5
+            probed.append(time.perf_counter() - began)
     thread.join()
     refused = [seconds for status, seconds in waits if status == 503]
+    taken = [seconds for status, seconds in waits if status == 200]
     print(f"{len(refused)} of {len(waits)} refused, the last after {max(refused):.3f} s; rates: {dict(statuses)}")
+    assert len(waits) == 12
     assert {status for status, _ in waits} == {200, 503}
+    assert Counter(hints) == {"": len(taken), "1": len(refused)}
     assert 1 <= len(waits) - len(refused) <= 6
-    assert sorted(refused)[len(refused) // 2] < 0.2
+    # Of medians, and beside those that were taken: a busy machine keeps single ones waiting.
+    assert median(refused) < max(taken) / 3
+    assert median(probed) < max(taken) / 3
 
 
 def test_worker__killed__comes_back_while_the_other_answers(start: Callable[..., Server]) -> None:
@@ -198,32 +205,44 @@ def test_end__by_sigterm_under_load__answers_all_that_was_taken_and_keeps_it(sta
     image = encode(photograph())
     headers = {"X-API-Key": server.key}
     answers: list[object] = []
+    predicted: list[str] = []
+    begun = threading.Semaphore(0)
+
+    def connect() -> http.client.HTTPConnection:
+        return http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
 
     def explain() -> None:
-        answers.append(httpx.post(f"{server.url}/v1/explain", content=image, headers=headers, timeout=30).status_code)
+        connection = connect()
+        connection.request("POST", "/v1/explain", image, headers)
+        begun.release()
+        answers.append(connection.getresponse().status)
 
     def send_slowly() -> None:
         def pieces() -> Iterator[bytes]:
             yield image[:20]
+            begun.release()
             time.sleep(1.5)
             yield image[20:]
 
-        response = httpx.post(f"{server.url}/v1/predict", content=pieces(), headers=headers, timeout=30)
-        answers.append(response.status_code)
-        predicted.append(response.json()["prediction_id"])
-
-    predicted: list[str] = []
+        connection = connect()
+        connection.request("POST", "/v1/predict", pieces(), headers)
+        response = connection.getresponse()
+        answers.append(response.status)
+        predicted.append(json.loads(response.read())["prediction_id"])
 
     def ask_on() -> None:
         """On one connection, until an answer says that it is the last."""
-        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
-        last = False
+        connection = connect()
+        last, asked = False, 0
         while not last:
             connection.request("POST", "/v1/predict", image, headers)
             response = connection.getresponse()
             last = response.getheader("connection") == "close"
             answers.append(response.status)
-            predicted.append(httpx.Response(200, content=response.read()).json()["prediction_id"])
+            predicted.append(json.loads(response.read())["prediction_id"])
+            asked += 1
+            if asked == 1:
+                begun.release()
         ended.append(True)
 
     ended: list[bool] = []
@@ -231,13 +250,16 @@ def test_end__by_sigterm_under_load__answers_all_that_was_taken_and_keeps_it(sta
     threads = [threading.Thread(target=target) for target in work]
     for thread in threads:
         thread.start()
-    time.sleep(0.5)
+    for _ in threads:
+        assert begun.acquire(timeout=30)
+    time.sleep(0.5)  # until the server has taken what was sent
     began = time.monotonic()
     assert server.stop() == 0
     print(f"ended after {time.monotonic() - began:.1f} s, {len(predicted)} predictions answered")
     for thread in threads:
         thread.join()
     assert len(ended) == 4
+    assert len(answers) == len(predicted) + 2
     assert set(answers) == {200}
     files = server.predictions.rglob("*.parquet")
     kept = {row["prediction_id"] for file in files for row in pq.ParquetFile(file).read().to_pylist()}
