@@ -64,6 +64,14 @@ def route_name(release: str) -> str:
     return f"{release}-serving"
 
 
+def nowhere_name(route: str) -> str:
+    """Name of the Service without pods that a route leads to before anything is released.
+
+    The Gateway API has a gateway answer 500 where a rule has no backend, and 503 where its Service has no endpoint.
+    """
+    return f"{route}-none"
+
+
 def route_document(release: str, record: RouteRecord, live: Mapping[str, Any], owners: Iterable[Tree]) -> Tree:
     """The whole HTTPRoute for a record.
 
@@ -108,7 +116,9 @@ def read_record(live: Mapping[str, Any]) -> RouteRecord:
     written = annotations.get(PLAN)
     try:
         if written is None:
-            if any(rule.get("backendRefs") for rule in live.get("spec", {}).get("rules", ())):
+            nowhere = nowhere_name(live["metadata"].get("name", ""))
+            rules = live.get("spec", {}).get("rules", ())
+            if any(backend.get("name") != nowhere for rule in rules for backend in rule.get("backendRefs") or ()):
                 raise ValueError("it is missing, though the route leads to services")
             return RouteRecord()
         times = {str(key): float(value) for key, value in json.loads(annotations.get(DEPLOYED_AT, "{}")).items()}
@@ -179,7 +189,8 @@ def is_taken(live: Mapping[str, Any], generation: int) -> bool:
 def _rule(release: str, plan: Plan) -> Tree:
     rule: Tree = {"matches": [{"path": {"type": "PathPrefix", "value": "/"}}]}
     if not plan.live:
-        return rule  # leads nowhere: clients are told so by the gateway
+        nowhere = {"group": "", "kind": "Service", "name": nowhere_name(route_name(release)), "port": SERVICE_PORT}
+        return {**rule, "backendRefs": [{**nowhere, "weight": 1}]}
     percent = plan.routing.canary_percent
     shares = {Slot.STABLE: 100 - percent, Slot.CANARY: percent}
     # A client must not pass its requests off as copies.

@@ -18,7 +18,7 @@ from typing import Any, Self
 from pipelines.core.results import write_json
 from pipelines.release.envoy import bootstrap, read_config_dump, route_table
 from pipelines.release.kubernetes_api import CORE, ROUTES, ClusterApi
-from pipelines.release.kubernetes_route import route_name
+from pipelines.release.kubernetes_route import nowhere_name, route_name
 from pipelines.release.local_layout import HOST, LocalLayout, LocalPorts, SlotPorts
 from pipelines.release.local_plan import PROCESSES, PRODUCTION_PROCESSES, Deployment, Plan
 from pipelines.release.targets import ReleaseRef, Routing, Slot
@@ -174,7 +174,7 @@ def _plan_of(route: dict[str, Any]) -> Plan:
     """What the rules say, as the plan that makes the same of Envoy."""
     (rule,) = route["spec"]["rules"]
     weights = {backend["name"]: backend["weight"] for backend in rule.get("backendRefs") or ()}
-    if not weights:
+    if not weights or set(weights) == {nowhere_name(route["metadata"]["name"])}:
         return Plan()
     processes = {f"{RELEASE}-{process}": process for process in PRODUCTION_PROCESSES}
     annotations = route["metadata"]["annotations"]

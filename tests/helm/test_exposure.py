@@ -7,7 +7,7 @@ import json
 import pytest
 import yaml
 
-from pipelines.release.kubernetes_route import is_taken, read_record, route_name
+from pipelines.release.kubernetes_route import RouteRecord, is_taken, read_record, route_document, route_name
 from pipelines.release.local_plan import Plan
 from tests.helm import rendering
 from tests.helm.rendering import CHART, ENVIRONMENTS, RELEASE, SERVERS, Document
@@ -24,8 +24,22 @@ def test_route__as_installed__is_one_that_the_engine_takes_over(environment: str
     document = route(environment)
     assert document["metadata"]["name"] == route_name(RELEASE)
     assert read_record(document).plan == Plan()
-    assert document["spec"]["rules"] == [{"matches": [{"path": {"type": "PathPrefix", "value": "/"}}]}]
+    # Word for word what the engine would write: its first look finds no rule edited.
+    given_back = {"namespace": rendering.NAMESPACE, "resourceVersion": "1", **document["metadata"]}
+    own = route_document(RELEASE, RouteRecord(), {**document, "metadata": given_back}, ())
+    assert document["spec"]["rules"] == own["spec"]["rules"]
     assert not is_taken(document, 1)
+
+
+@each_environment
+def test_route__before_any_release__leads_to_a_service_that_never_has_pods(environment: str) -> None:
+    """A gateway answers 503 for it, as the service's contract has it; a rule without a backend would be a 500."""
+    found = rendering.documents(environment)
+    (backend,) = route(environment)["spec"]["rules"][0]["backendRefs"]
+    service = rendering.find(found, "Service", backend["name"])
+    assert "selector" not in service["spec"]
+    assert backend["port"] in {port["port"] for port in service["spec"]["ports"]}
+    assert not rendering.of_kind(found, "Endpoints", "EndpointSlice")
 
 
 @each_environment

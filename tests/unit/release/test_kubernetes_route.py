@@ -14,9 +14,11 @@ from pipelines.release.kubernetes_route import (
     effective,
     find_edits,
     is_taken,
+    nowhere_name,
     read_record,
     read_routing,
     route_document,
+    route_name,
 )
 from pipelines.release.local_plan import Plan
 from pipelines.release.targets import ReleaseRef, Routing, Slot
@@ -96,7 +98,11 @@ def test_read_record__nothing_released__is_an_empty_plan_that_leads_nowhere() ->
     live = laid_out()
     assert read_record(live) == RouteRecord()
     document = route_document("perch", RouteRecord(), live, ())
-    assert "backendRefs" not in document["spec"]["rules"][0]
+    # A Service without pods, for which gateways answer 503; a rule without a backend is answered with 500.
+    (backend,) = document["spec"]["rules"][0]["backendRefs"]
+    assert backend["name"] == nowhere_name(route_name("perch")) == "perch-serving-none"
+    kept = {**live, "spec": document["spec"]}
+    assert read_record(kept) == RouteRecord()
     assert document["metadata"]["annotations"]["perch/canary"] == "none"
     assert document["metadata"]["resourceVersion"] == "1"
 
