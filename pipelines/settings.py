@@ -79,6 +79,9 @@ class Settings(BaseSettings):
     pod_signing_secret: str = Field(
         "", description="Secret with release.pem and release.pub, for the pods that sign and try releases."
     )
+    pod_ca_config_map: str = Field(
+        "", description="ConfigMap with ca.crt of the authorities that vouch for the store, for the steps' pods."
+    )
     pod_pull_secrets: str = Field("", description="Secrets that the image is pulled with, separated by spaces.")
     pod_service_account: str = Field(
         "", description="Service account of the steps' pods, which get no token of it; empty is the namespace's own."

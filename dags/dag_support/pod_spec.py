@@ -24,6 +24,7 @@ _SIGNING_STEPS = {"model_packaging", "deploy_to_staging"}
 _USER = 10001  # of the images
 _HOME = "/var/lib/perch"
 _KEYS = "/etc/perch/keys"
+_STORE_CA = "/etc/perch/object-store-ca"
 
 
 def require_pod_settings(settings: Settings) -> None:
@@ -55,9 +56,18 @@ def pod_template(step: str, wanted: PodsParams, settings: Settings) -> k8s.V1Pod
     }
     if wanted.gpus > 1:  # NCCL's processes meet in shared memory, of which a container has 64 MiB
         volumes["shm"] = ("/dev/shm", k8s.V1EmptyDirVolumeSource(medium="Memory", size_limit="1Gi"))  # noqa: S108
+    given = {}  # read-only, by reference
+    if signs:
+        keys = k8s.V1SecretVolumeSource(secret_name=settings.pod_signing_secret, default_mode=0o440)
+        given["keys"] = (_KEYS, {"secret": keys})
+    if settings.pod_ca_config_map:
+        authorities = k8s.V1ConfigMapVolumeSource(
+            name=settings.pod_ca_config_map, items=[k8s.V1KeyToPath(key="ca.crt", path="ca.crt")]
+        )
+        given["object-store-ca"] = (_STORE_CA, {"config_map": authorities})
     container = k8s.V1Container(
         name="base",
-        env=_environment(wanted, signs=signs),
+        env=_environment(wanted, signs=signs, has_ca=bool(settings.pod_ca_config_map)),
         env_from=[
             *(
                 k8s.V1EnvFromSource(config_map_ref=k8s.V1ConfigMapEnvSource(name=name))
@@ -77,7 +87,7 @@ def pod_template(step: str, wanted: PodsParams, settings: Settings) -> k8s.V1Pod
         ),
         volume_mounts=[
             *(k8s.V1VolumeMount(name=name, mount_path=path) for name, (path, _) in volumes.items()),
-            *([k8s.V1VolumeMount(name="keys", mount_path=_KEYS, read_only=True)] if signs else []),
+            *(k8s.V1VolumeMount(name=name, mount_path=path, read_only=True) for name, (path, _) in given.items()),
         ],
     )
     return k8s.V1Pod(
@@ -97,19 +107,7 @@ def pod_template(step: str, wanted: PodsParams, settings: Settings) -> k8s.V1Pod
             ),
             volumes=[
                 *(k8s.V1Volume(name=name, empty_dir=source) for name, (_, source) in volumes.items()),
-                *(
-                    [
-                        k8s.V1Volume(
-                            name="keys",
-                            secret=k8s.V1SecretVolumeSource(
-                                secret_name=settings.pod_signing_secret,
-                                default_mode=0o440,
-                            ),
-                        )
-                    ]
-                    if signs
-                    else []
-                ),
+                *(k8s.V1Volume(name=name, **source) for name, (_, source) in given.items()),
             ],
         ),
     )
@@ -127,13 +125,14 @@ def pod_annotations(context: Context) -> dict[str, str]:
     }
 
 
-def _environment(wanted: PodsParams, *, signs: bool) -> list[k8s.V1EnvVar]:
+def _environment(wanted: PodsParams, *, signs: bool, has_ca: bool) -> list[k8s.V1EnvVar]:
     own_name = k8s.V1EnvVarSource(field_ref=k8s.V1ObjectFieldSelector(field_path="metadata.name"))
     variables = {
         # A node may have more cores than the pod; weights depend on how many threads added them up.
         "OMP_NUM_THREADS": str(wanted.cpu),
         "PERCH_WORKERS": str(wanted.cpu),
         **({"PERCH_SIGNING_KEY": f"{_KEYS}/release.pem", "PERCH_SERVING_PUBLIC_KEYS": _KEYS} if signs else {}),
+        **({"PERCH_S3_CA_BUNDLE": f"{_STORE_CA}/ca.crt"} if has_ca else {}),
     }
     return [
         k8s.V1EnvVar(name="PERCH_POD_NAME", value_from=own_name),

@@ -182,6 +182,20 @@ def test_pod__that_signs__has_the_key_and_no_other_has() -> None:
     assert values["PERCH_SIGNING_KEY"] == "/etc/perch/keys/release.pem"
 
 
+def test_pod__store_with_a_certificate_of_ones_own__trusts_its_authority(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "object-store-ca" not in {volume["name"] for volume in make_pod("model_training")["spec"]["volumes"]}
+    monkeypatch.setenv("PERCH_POD_CA_CONFIG_MAP", "store-ca")
+    get_settings.cache_clear()
+    spec = make_pod("model_training")["spec"]
+    (volume,) = (volume for volume in spec["volumes"] if volume["name"] == "object-store-ca")
+    assert volume["configMap"] == {"name": "store-ca", "items": [{"key": "ca.crt", "path": "ca.crt"}]}
+    container = spec["containers"][0]
+    (mount,) = (mount for mount in container["volumeMounts"] if mount["name"] == "object-store-ca")
+    assert mount["readOnly"] is True
+    values = {variable["name"]: variable.get("value") for variable in container["env"]}
+    assert values["PERCH_S3_CA_BUNDLE"] == f"{mount['mountPath']}/ca.crt"
+
+
 def test_pod__that_releases_on_the_cluster__is_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PERCH_TARGET", "kubernetes")
     get_settings.cache_clear()
