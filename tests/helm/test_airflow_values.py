@@ -58,6 +58,16 @@ def test_airflow__each_part__asks_for_resources_and_has_a_bound(part: str) -> No
         assert set(VALUES[part]["resources"][side]) == {"cpu", "memory"}
 
 
+def test_airflow__what_its_own_image_alone_can__is_not_asked_of_this_one() -> None:
+    """The chart's defaults run `/clean-logs`, and `airflow users create`, which the simple log-in does not have."""
+    assert VALUES["createUserJob"] == {"enabled": False}
+    shell, option, script = VALUES["scheduler"]["logGroomerSidecar"]["args"]
+    assert (shell, option) == ("bash", "-c")
+    assert f"find {VALUES['airflowHome']}/logs " in script
+    assert all(VALUES[part]["logGroomerSidecar"] == {"enabled": False} for part in ("dagProcessor", "triggerer"))
+    assert VALUES["logs"]["persistence"]["enabled"]  # the others' logs are on the same volume
+
+
 def test_airflow__options_of_its_configuration__exist() -> None:
     from airflow.configuration import conf
 
@@ -136,3 +146,25 @@ def test_entrypoint__what_airflows_chart_gives__is_what_starts(
     assert f'ENTRYPOINT ["{ENTRYPOINT.name}"]' in DOCKERFILE
     assert f"!docker/{ENTRYPOINT.name}\n" in (PROJECT / ".dockerignore").read_text()
     assert f"docker/{ENTRYPOINT.name} /opt/perch/bin/{ENTRYPOINT.name}" in DOCKERFILE
+
+
+def test_entrypoint__log_ins_of_a_mounted_secret__are_copied_to_where_airflow_may_write_them(tmp_path: Path) -> None:
+    """Airflow's simple log-in opens its file for writing; on a Secret's volume its API server would not start."""
+    (tmp_path / "secret").mkdir()
+    (given := tmp_path / "secret/passwords.json").write_text('{"admin": "x"}')
+    given.chmod(0o400)
+    (home := tmp_path / "home").mkdir()
+    copied = home / Path(VALUES["config"]["core"]["simple_auth_manager_passwords_file"]).name
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(home), "AIRFLOW_LOGINS_FROM": str(given)}
+    for content in ('{"admin": "x"}', '{"admin": "y"}'):
+        given.chmod(0o600)
+        given.write_text(content)
+        subprocess.run(["/bin/sh", ENTRYPOINT, "sh", "-c", "true"], env=environment, check=True)
+        assert copied.read_text() == content
+        assert copied.stat().st_mode & 0o777 in {0o400, 0o600}
+    given.unlink()
+    subprocess.run(["/bin/sh", ENTRYPOINT, "sh", "-c", "true"], env=environment, check=True)
+    secret = VALUES["volumes"][-1]
+    (mount,) = (known["mountPath"] for known in VALUES["volumeMounts"] if known["name"] == secret["name"])
+    assert ENVIRONMENT["AIRFLOW_LOGINS_FROM"].startswith(f"{mount}/")
+    assert _in_the_image("HOME") == str(Path(VALUES["config"]["core"]["simple_auth_manager_passwords_file"]).parent)
