@@ -106,6 +106,12 @@ class Settings(BaseSettings):
     clients_url: str = Field(
         "", description="Where clients of the cluster send requests; empty takes the route's first host name."
     )
+    staging_api_key: str = Field(
+        "", repr=False, description="API key by which the cluster's services are asked smoke tests."
+    )
+    prober_api_key: str = Field(
+        "", repr=False, description="API key of the prober on a cluster; empty: there is no prober."
+    )
     prometheus_url: str = Field("", description="Prometheus that looks at the cluster's services; empty has no data.")
 
     @property

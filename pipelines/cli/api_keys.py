@@ -68,6 +68,33 @@ def add(
     )
 
 
+@app.command("own")
+def own(file: File = None) -> None:
+    """Make the keys by which Perch itself asks a cluster's services, and print them as variables, once."""
+    from rich.console import Console
+
+    from pipelines.core.api_keys import editing, new_key
+    from pipelines.core.request_origins import PROBER
+    from pipelines.release.staging import CALLER
+
+    place = _file(file)
+    made = {
+        name: new_key(name, scopes, rate_per_s=1e6, burst=1_000_000)
+        for name, scopes in ((CALLER, (Scope.PREDICT, Scope.MODEL)), (PROBER, (Scope.PREDICT,)))
+    }
+    with editing(place) as keys:
+        keys.extend(record for _, record in made.values())
+    for name, (key, _) in made.items():
+        typer.echo(f"PERCH_{name.upper()}_API_KEY={key}")  # alone there, for `kubectl create secret --from-env-file`
+    Console(stderr=True, highlight=False).print(
+        f"Put these into a Secret for the steps' pods and the watchdog, and {place} into that of the services.  "
+        "They cannot be shown again.",
+        style="dim",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
 @app.command("list")
 def list_keys(file: File = None) -> None:
     """List the keys: id, name, scopes, rate, and when they end."""

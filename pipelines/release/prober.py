@@ -43,7 +43,10 @@ _RATE_OVER_S = 10.0
 _SENDERS = 8
 _ANSWER_LIMIT_S = 30.0
 _RETRY_S = 60.0
-_KEY_ADVICE = "PERCH_SERVING_API_KEYS_FILE must name one file for the services and the watchdog"
+_KEY_ADVICE = (
+    "PERCH_SERVING_API_KEYS_FILE must name one file for the services and the watchdog; on a cluster the services' "
+    "Secret must hold PERCH_PROBER_API_KEY"
+)
 _log = logging.getLogger(__name__)
 
 
@@ -132,11 +135,11 @@ class Prober:
                 raise PerchError(self._said)
             try:
                 images = self._find_images(state)
-            except PerchError:
+                url = self._world.target.client_url()
+                session = self._session = _Session(state.rollout_id, now, url, images, self._open_key)
+            except Exception:  # whatever it was: the images may come from far away, and are not fetched at each look
                 self._not_before = now + _RETRY_S
                 raise
-            url = self._world.target.client_url()
-            session = self._session = _Session(state.rollout_id, now, url, images, self._open_key)
             _log.info("probing for %s with %d images", state.rollout_id, len(images))
         return session
 
@@ -239,7 +242,7 @@ class ProbeSender:
     def __init__(
         self, url: str, key: str, images: Sequence[bytes], *, begin_after_s: float = 0.0, rate_holds_s: float = 10.0
     ) -> None:
-        self._door = urlsplit(url).netloc
+        self._door = urlsplit(url)
         self._headers = {"X-API-Key": key, PROBE_HEADER: "1"}
         self._images: Iterator[bytes] = itertools.cycle(images)
         self._rate_holds_s = rate_holds_s
@@ -266,7 +269,8 @@ class ProbeSender:
             self._rate, self._until = per_s, time.monotonic() + self._rate_holds_s
 
     def _send(self) -> None:
-        connection = http.client.HTTPConnection(self._door, timeout=_ANSWER_LIMIT_S)
+        kind = http.client.HTTPSConnection if self._door.scheme == "https" else http.client.HTTPConnection
+        connection = kind(self._door.netloc, timeout=_ANSWER_LIMIT_S)
         while not self._ended.is_set():
             wait_s, image = self._take_turn()
             if image is None:

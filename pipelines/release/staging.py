@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import Any, Protocol
 
 from pipelines.core.api_keys import editing, new_key
 from pipelines.core.scopes import Scope
-from pipelines.errors import Refusal
+from pipelines.errors import Refusal, TryLater
 from pipelines.release.smoke_tests import Expected, SmokeTest, run_smoke_tests
-from pipelines.release.targets import ReleaseRef, Slot, SlotCounters
+from pipelines.release.targets import ReleaseRef, ReleaseTarget, Slot, SlotCounters
 
 CALLER = "staging"  # name of the key, by which its predictions are known among the kept ones
 KEY_LIFE = timedelta(minutes=30)
+_LOOK_AGAIN_S = 1.0
+_SEEN_LIMIT_S = 60.0  # Prometheus' discovery of a new pod takes up to half a minute
 
 
 class StagingPlace(Protocol):
@@ -36,6 +39,72 @@ class StagingPlace(Protocol):
 
     def slot_url(self, slot: Slot) -> str:
         """Its own address."""
+
+
+class SharedSlot:
+    """The staging slot of a target that other machines use too; what is in it says whose turn it is.
+
+    No lock spans the machines.  Another run's release is waited for.  One that stays for longer than any run takes was
+    left by a run that was killed, and is replaced.  Should two runs take each other's for that, the first to notice
+    tries again: it never removes the other's.
+
+    Args:
+        target: holds the slot.
+        limit_s: seconds that another run's release is given.
+    """
+
+    def __init__(self, target: ReleaseTarget, limit_s: float) -> None:
+        self._target, self._limit_s = target, limit_s
+        self._own: ReleaseRef | None = None
+
+    def deploy(self, slot: Slot, release: ReleaseRef) -> None:
+        """Put the release into the slot, once no other is in it."""
+        deadline = time.monotonic() + self._limit_s
+        while self._held(slot) not in {None, release} and time.monotonic() < deadline:
+            time.sleep(_LOOK_AGAIN_S)
+        self._own = release
+        self._target.deploy(slot, release)
+
+    def wait_ready(self, slot: Slot, timeout_s: float) -> None:
+        """Wait until it takes requests, and until it is known what it counts.
+
+        Raises:
+            TryLater: not in time; that nobody looks at a release says nothing against it.
+        """
+        self._target.wait_ready(slot, timeout_s)
+        deadline = time.monotonic() + _SEEN_LIMIT_S
+        while self._target.observe(slot) is None:
+            if time.monotonic() > deadline:
+                raise TryLater(
+                    f"the service in the slot {slot}: ready, but {_SEEN_LIMIT_S:g} s later nobody knows its counters\n"
+                    "  what to do: see that Prometheus is up, finds the pod, and is named by PERCH_PROMETHEUS_URL"
+                )
+            time.sleep(_LOOK_AGAIN_S)
+
+    def observe(self, slot: Slot) -> SlotCounters | None:
+        """What it has counted."""
+        return self._target.observe(slot)
+
+    def remove(self, slot: Slot) -> None:
+        """End it.
+
+        Raises:
+            TryLater: another run has put its own release there, so that what was found says nothing.
+        """
+        held = self._held(slot)
+        if held is not None and held != self._own:
+            raise TryLater(
+                f"the slot {slot}: another run has put {held.model} v{held.version} there meanwhile\n"
+                "  what to do: try again"
+            )
+        self._target.remove(slot)
+
+    def slot_url(self, slot: Slot) -> str:
+        """Its own address."""
+        return self._target.slot_url(slot)
+
+    def _held(self, slot: Slot) -> ReleaseRef | None:
+        return self._target.state().slots.get(slot)
 
 
 @dataclass(frozen=True)
@@ -67,7 +136,12 @@ class StagingReport:
 
 
 def stage_release(
-    place: StagingPlace, release: ReleaseRef, expected: Expected, *, keys_file: Path, ready_timeout_s: float
+    place: StagingPlace,
+    release: ReleaseRef,
+    expected: Expected,
+    *,
+    open_key: Callable[[], AbstractContextManager[str]],
+    ready_timeout_s: float,
 ) -> StagingReport:
     """Deploy, ask, remove.
 
@@ -77,13 +151,13 @@ def stage_release(
         place: where to run it.
         release: what to run.
         expected: what is held against it.
-        keys_file: of the API keys that the service takes; it gets a key for the time of the tests.
+        open_key: an API key with the scopes `predict` and `model` that the service takes, valid for the context.
         ready_timeout_s: seconds that the service has to become ready.
 
     Raises:
         TryLater: the place does not answer, or the service was not ready in time.
     """
-    with temporary_key(keys_file) as key:
+    with open_key() as key:
         try:
             place.deploy(Slot.STAGING, release)
             place.wait_ready(Slot.STAGING, ready_timeout_s)

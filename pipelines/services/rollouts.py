@@ -24,9 +24,9 @@ from pipelines.registry.rollout_table import RolloutTable
 from pipelines.registry.staged_version import last_staged_version, read_evidence, staged_digest, staged_probes
 from pipelines.release.approvals import ApprovalRequest, Response, evidence_hash
 from pipelines.release.artifact_store import open_store
+from pipelines.release.chosen_target import open_target
 from pipelines.release.engine import ReleaseEngine, ReleaseRequest
 from pipelines.release.gates import Gates, forecast
-from pipelines.release.local_target import LocalTarget
 from pipelines.release.policy import EVERY_MODEL, ModelRule, PromotionPolicy, load_policy
 from pipelines.release.rollout_state import RolloutState, from_document
 from pipelines.release.steps import ROLLED_BACK, Plan
@@ -53,15 +53,6 @@ class AirflowAnswers:
         from pipelines.services.airflow_access import open_airflow
 
         return AirflowApprovals(open_airflow(self._settings)).responses(request)
-
-
-def open_target(settings: Settings) -> ReleaseTarget:
-    """Where releases run, as `PERCH_TARGET` says."""
-    if settings.target == "kubernetes":
-        from pipelines.release.kubernetes_target import KubernetesTarget
-
-        return KubernetesTarget(settings)
-    return LocalTarget(settings)
 
 
 def open_world(settings: Settings, *, patient: bool = True, policy: PromotionPolicy | None = None) -> World:
@@ -278,15 +269,7 @@ def _compare_answers(settings: Settings, state: RolloutState) -> MirrorWindow | 
 
 
 def _require_probe_images(settings: Settings, release: ReleaseRef) -> None:
-    """Refuse a release whose forecast would count on a prober that is not there, or has nothing to send."""
-    if settings.target == "kubernetes":
-        # The services' keys are a Secret there, and the clients' door is outside of what the watchdog may reach.
-        raise Refusal(
-            "model_release.probe_requests_per_s",
-            "is above 0",
-            limit="0 on a cluster, where there is no prober",
-            way_out="begin with --set model_release.probe_requests_per_s=0, and send requests",
-        )
+    """Refuse a release whose forecast would count on a prober that has nothing to send."""
     if not staged_probes(settings, release.model, release.version, release.digest):
         raise Refusal(
             f"the prober of {release.model} v{release.version}",

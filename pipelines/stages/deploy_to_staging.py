@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,9 +21,9 @@ from pipelines.settings import Settings
 
 if TYPE_CHECKING:
     from pipelines.core.image_limits import ImageLimits
-    from pipelines.release.local_target import LocalTarget
     from pipelines.release.smoke_tests import Expected, GoldenImage
     from pipelines.release.staging import StagingPlace
+    from pipelines.release.targets import ReleaseTarget
 
 REPORT = "staging/smoke_tests.json"
 _STAGING_LIMIT_S = 300.0  # for another run's release, which is asked less long
@@ -61,13 +62,9 @@ def run(params: Params, workspace: Workspace) -> DeployToStagingResult:
     version, digest = packaging["version"], packaging["release_sha256"]
     release = ReleaseRef(params.model_name, version, digest, open_store(settings).address(release_name(digest)))
     expected = _expect(params, workspace, version, digest)
-    with _open_place(settings) as (place, keys_file):
+    with _open_place(settings) as (place, open_key):
         report = stage_release(
-            place,
-            release,
-            expected,
-            keys_file=keys_file,
-            ready_timeout_s=params.model_release.ready_timeout_s,
+            place, release, expected, open_key=open_key, ready_timeout_s=params.model_release.ready_timeout_s
         )
     write_json(workspace.root / REPORT, report.as_tree())
     probes_sha256 = ""
@@ -190,21 +187,26 @@ def choose_golden(
 
 
 @contextmanager
-def _open_place(settings: Settings) -> Iterator[tuple[StagingPlace, Path]]:
-    """The staging slot where the services are up, else a process of its own; and the file of its API keys.
+def _open_place(settings: Settings) -> Iterator[tuple[StagingPlace, Callable[[], AbstractContextManager[str]]]]:
+    """The target's staging slot, where a target is up, else a process of its own; and a key that it takes.
 
     One run at a time: the slot is one, and the tests of one release would see another's answers.
     """
     from pipelines.core.api_keys import DEFAULT_FILE_NAME
-    from pipelines.release.local_target import LocalTarget
+    from pipelines.release.chosen_target import open_target
     from pipelines.release.own_process import OwnProcess
+    from pipelines.release.staging import SharedSlot, temporary_key
 
+    target = open_target(settings)
+    if settings.target == "kubernetes":
+        key = _require_key(settings)
+        yield SharedSlot(target, _STAGING_LIMIT_S), lambda: nullcontext(key)
+        return
     given = os.environ.get("PERCH_SERVING_API_KEYS_FILE")
     keys_file = Path(given) if given else settings.home / DEFAULT_FILE_NAME
     with hold(settings.home / "release" / "staging.lock", wait_s=_STAGING_LIMIT_S):
-        target = LocalTarget(settings)
         if _is_up(target):
-            yield target, keys_file
+            yield target, partial(temporary_key, keys_file)
             return
         with tempfile.TemporaryDirectory(prefix="perch-staging-") as temporary:
             folder = Path(temporary)
@@ -215,10 +217,22 @@ def _open_place(settings: Settings) -> Iterator[tuple[StagingPlace, Path]]:
                 "PERCH_SERVING_CACHE_DIR": str(settings.home / "serving" / "cache"),
                 "PERCH_SERVING_S3_ENDPOINT_URL": settings.s3_endpoint_url,
             }
-            yield OwnProcess(folder, environment), folder / DEFAULT_FILE_NAME
+            yield OwnProcess(folder, environment), partial(temporary_key, folder / DEFAULT_FILE_NAME)
 
 
-def _is_up(target: LocalTarget) -> bool:
+def _require_key(settings: Settings) -> str:
+    """The key for services whose file of keys is a Secret, which nobody changes for the time of some tests."""
+    if not settings.staging_api_key:
+        raise Refusal(
+            "PERCH_STAGING_API_KEY",
+            "is empty",
+            limit="a key that the services of the cluster take",
+            way_out="`perch api-keys own` makes it; docs/reference/authentication.md says where it goes",
+        )
+    return settings.staging_api_key
+
+
+def _is_up(target: ReleaseTarget) -> bool:
     from pipelines.errors import TryLater
 
     try:

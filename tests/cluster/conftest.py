@@ -8,18 +8,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
-from moto.server import ThreadedMotoServer
 
 from pipelines.release.keys import create_key
-from pipelines.services.secrets import api_keys_file, ensure_demo_key
-from pipelines.services.stack import any_free_port
 from pipelines.settings import Settings
-from tests.cluster.gateway import AdminApi, Gateway
-from tests.cluster.installation import API_KEYS, OBJECT_STORE, RELEASE, chart_objects, secret
-from tests.cluster.kubernetes_cluster import HOST_SEEN_FROM_PODS, Cluster, why_not
-from tests.cluster.kubernetes_rig import KubernetesRig, make_bucket, prometheus
+from tests.cluster.installed import installed, object_store
+from tests.cluster.kubernetes_cluster import Cluster, why_not
+from tests.cluster.kubernetes_rig import KubernetesRig
 from tests.integration.conftest import staged_release  # noqa: F401 - a fixture of these tests too
 from tests.integration.release_target_behaviour import PROJECT, make_release
 from tests.missing_parts import miss
@@ -48,6 +43,11 @@ _PHASES = Phases()
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for name, took_s in _PHASES.took:
         terminalreporter.write_line(f"{took_s:7.1f} s  {name}")
+
+
+@pytest.fixture(scope="session")
+def phases() -> Phases:
+    return _PHASES
 
 
 @pytest.fixture(scope="session")
@@ -92,17 +92,7 @@ def rig(
 ) -> Iterator[KubernetesRig]:
     """The chart's objects, a gateway, Prometheus and an S3 store; nothing is released yet."""
     folder = tmp_path_factory.mktemp("perch-on-a-cluster")
-    store = ThreadedMotoServer("0.0.0.0", port := any_free_port(), verbose=False)
-    store.start()
-    credentials = {
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    endpoint = f"http://{HOST_SEEN_FROM_PODS}:{port}"
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in credentials.items():
-            environment.setenv(name, value)
+    with object_store("releases", "predictions") as endpoint:
         settings = Settings(
             project_dir=PROJECT,
             home=folder / "home",
@@ -113,48 +103,13 @@ def rig(
             predictions_url="s3://predictions/perch",
         )
         settings.home.mkdir()
-        for bucket in ("releases", "predictions"):
-            make_bucket(endpoint, bucket)
         create_key(settings)
-        ensure_demo_key(settings)
         first, second = (make_release(settings, staged_release, version) for version in ("1", "2"))
-        cluster.kubectl("create", "namespace", NAMESPACE)
-        given = [
-            secret(NAMESPACE, API_KEYS, {"api-keys.json": api_keys_file(settings).read_bytes()}),
-            secret(NAMESPACE, OBJECT_STORE, {name: value.encode() for name, value in credentials.items()}),
-        ]
-        store_values = {"endpointUrl": endpoint, "region": credentials["AWS_DEFAULT_REGION"]}
-        urls = {"releasesUrl": settings.releases_url, "predictionsUrl": settings.predictions_url}
-        public_key = (settings.keys_dir / "release.pub").read_text()
-        chart = chart_objects(NAMESPACE, IMAGE, public_key=public_key, objectStore={**store_values, **urls})
-        cluster.apply([*given, *chart])
-        # Whoever moves releases may do what the chart's Role says, and nothing else.
-        environment.setenv("KUBECONFIG", str(cluster.kubeconfig_of(NAMESPACE, f"{RELEASE}-engine")))
-        admin = AdminApi(NAMESPACE, str(cluster.kubeconfig))
-        try:
-            with (
-                Gateway(folder / "gateway", admin) as gateway,
-                prometheus(folder / "prometheus", admin) as prometheus_url,
-            ):
-                own = {"clients_url": gateway.url, "prometheus_url": prometheus_url, "kubernetes_release": RELEASE}
-                settings = settings.model_copy(update=own)
-                told = _ask_before_any_release(gateway)
-                yield KubernetesRig(settings, first, second, told, cluster, gateway, settings.home)
-        finally:
-            store.stop()
+        with installed(cluster, settings, IMAGE, folder) as chart:
+            yield KubernetesRig(chart.settings, first, second, chart.told, cluster, chart.gateway, settings.home)
 
 
 @pytest.fixture
 def settled(rig: KubernetesRig) -> KubernetesRig:
     rig.settle()
     return rig
-
-
-def _ask_before_any_release(gateway: Gateway) -> httpx.Response:
-    deadline = time.monotonic() + 10
-    while True:
-        try:
-            return httpx.get(f"{gateway.url}/v1/model", headers={"X-Request-ID": "a-question"})
-        except httpx.TransportError:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)

@@ -11,7 +11,7 @@ import yaml
 PROJECT = Path(__file__).parents[2]
 CHART = PROJECT / "helm/perch"
 RELEASE = "perch"
-API_KEYS, OBJECT_STORE = "perch-api-keys", "perch-object-store"
+API_KEYS, OBJECT_STORE, OWN_KEYS = "perch-api-keys", "perch-object-store", "perch-own-keys"
 
 
 def chart_objects(namespace: str, image: str, *, public_key: str, **further: Any) -> list[dict[str, Any]]:

@@ -26,7 +26,6 @@ from pipelines.release.kubernetes_pods import current
 from pipelines.release.kubernetes_target import KubernetesTarget
 from pipelines.release.local_plan import PRODUCTION_PROCESSES
 from pipelines.release.targets import Slot, SlotCounters
-from pipelines.services.stack import any_free_port
 from tests.cluster.gateway import Gateway
 from tests.cluster.kubernetes_cluster import Cluster
 from tests.integration.release_target_behaviour import TargetRig, flip_a_bit
@@ -121,8 +120,8 @@ def make_bucket(endpoint: str, name: str) -> None:
 
 
 @contextlib.contextmanager
-def prometheus(folder: Path, api: ClusterApi) -> Iterator[str]:
-    """A Prometheus that looks at the pods, labelled as the operator labels them; its address.
+def prometheus(folder: Path, api: ClusterApi, port: int) -> Iterator[None]:
+    """A Prometheus at a port of this machine that looks at the pods, labelled as the operator labels them.
 
     Debian's is built without Kubernetes' discovery: what it would find is written into a file that it watches.
     """
@@ -138,13 +137,12 @@ def prometheus(folder: Path, api: ClusterApi) -> Iterator[str]:
     ended = threading.Event()
     discovery = threading.Thread(target=_discover, args=(pods, api, ended))
     (folder / "prometheus.yml").write_text(yaml.safe_dump(configuration))
-    port = any_free_port()
     program = shutil.which("prometheus")
     assert program, "prometheus is missing: scripts/debian-packages.sh installs it"
     arguments = (f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data")
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
-            [program, *arguments, f"--web.listen-address=127.0.0.1:{port}"],
+            [program, *arguments, f"--web.listen-address=0.0.0.0:{port}"],
             stdout=log,
             stderr=log,
             env={name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")},
@@ -160,7 +158,7 @@ def prometheus(folder: Path, api: ClusterApi) -> Iterator[str]:
             assert time.monotonic() < deadline, (folder / "log").read_text()
             time.sleep(0.1)
         discovery.start()
-        yield url
+        yield
     finally:
         ended.set()
         if discovery.ident is not None:

@@ -159,7 +159,8 @@ MOVING_RELEASES = {
     [
         ("serving", {443: [], 4318: []}),
         ("mlflow", {5432: [], 443: []}),
-        ("watchdog", MOVING_RELEASES),
+        # The gateway, as its clients and as its pods see it: the prober comes in as clients do.
+        ("watchdog", {**MOVING_RELEASES, 80: [], 10080: [], 10443: []}),
         ("pipeline", MOVING_RELEASES),
         ("setup", {443: [], 6443: []}),
     ],
@@ -206,7 +207,8 @@ def test_secrets__from_an_external_store__are_those_that_pods_read(environment: 
 def test_secrets__without_an_external_store__are_only_named() -> None:
     found = rendering.documents("dev")
     assert not rendering.of_kind(found, "ExternalSecret")
-    assert _wanted_secrets(found) == {"perch-api-keys", "perch-object-store", "perch-database", "perch-mlflow-database"}
+    wanted = {"api-keys", "own-keys", "object-store", "database", "mlflow-database"}
+    assert _wanted_secrets(found) == {f"perch-{name}" for name in wanted}
 
 
 def test_secrets__of_a_cloud_with_roles__are_not_needed_for_the_store() -> None:

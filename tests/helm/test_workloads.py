@@ -334,6 +334,8 @@ def test_watchdog__on_a_cluster__is_one_and_knows_where_it_is() -> None:
     assert settings.kubernetes_release == RELEASE
     assert settings.mlflow_uri == f"http://{RELEASE}-mlflow.{rendering.NAMESPACE}:5000"
     assert settings.prometheus_url
+    # The rest works without a prober.
+    assert variables["PERCH_PROBER_API_KEY"]["secretKeyRef"]["optional"]
 
 
 @each_environment

@@ -143,8 +143,8 @@ def wait_until(condition: Callable[[], bool], limit_s: float = READY_LIMIT_S) ->
 
 KILLED_CALLER = """
 import os, signal, sys
+from pipelines.release.chosen_target import open_target
 from pipelines.release.targets import ReleaseRef, Slot
-from pipelines.services.rollouts import open_target
 from pipelines.settings import get_settings
 
 left = int(sys.argv[1])

@@ -163,8 +163,6 @@ def test_deploy_to_staging__params_with_a_prober__keeps_test_images_for_it(
     _require_probe_images(settings, replace(of_another, digest=digest))
     with pytest.raises(Refusal, match="has no images to send"):
         _require_probe_images(settings, of_another)
-    with pytest.raises(Refusal, match="on a cluster"):
-        _require_probe_images(settings.model_copy(update={"target": "kubernetes"}), replace(of_another, digest=digest))
 
 
 def test_deploy_to_staging__served_answers_differ_from_the_offline_ones__names_each_test_that_failed(

@@ -152,6 +152,9 @@ priorityClassName: {{ . }}
 PERCH_TARGET: kubernetes
 PERCH_KUBERNETES_NAMESPACE: {{ .Release.Namespace }}
 PERCH_KUBERNETES_RELEASE: {{ .Release.Name }}
+{{- with .Values.route.clientsUrl }}
+PERCH_CLIENTS_URL: {{ . | quote }}
+{{- end }}
 {{- with .Values.prometheus.url }}
 PERCH_PROMETHEUS_URL: {{ . | quote }}
 {{- end }}

@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from pipelines.cli.api_keys import app
 from pipelines.errors import Refusal
+from pipelines.settings import Settings
 from serving.authentication import Authenticator
 from serving.problems import Problem
 from serving.settings import ServingSettings
@@ -36,6 +37,27 @@ def test_add__its_output__is_one_key_that_the_service_takes_and_the_file_does_no
         Headers({"X-API-Key": key})
     )
     assert (caller.name, caller.scopes, caller.rate_per_s, caller.burst) == ("ward-3", {"predict", "feedback"}, 5.0, 64)
+
+
+def test_own__its_output__is_variables_that_the_settings_take_and_keys_that_the_service_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = str(tmp_path / "keys.json")
+    done = _run("own", "--file", file)
+    for line in done.stdout.splitlines():
+        monkeypatch.setenv(*line.split("=", 1))
+    assert "perch_" not in done.stderr
+    settings = Settings(home=tmp_path)
+    assert "perch_" not in repr(settings)
+    authenticator = Authenticator.from_settings(ServingSettings(api_keys_file=Path(file)))
+    callers = [
+        authenticator.authenticate(Headers({"X-API-Key": key}))
+        for key in (settings.staging_api_key, settings.prober_api_key)
+    ]
+    assert [(caller.name, caller.scopes) for caller in callers] == [
+        ("staging", {"predict", "model"}),
+        ("prober", {"predict"}),
+    ]
 
 
 def test_list_and_revoke__one_of_two_keys_of_a_name__leaves_the_other(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.core.request_origins import PROBE_HEADER
-from pipelines.errors import Refusal
+from pipelines.errors import PerchError, Refusal
 from pipelines.params import ModelReleaseParams
 from pipelines.release.prober import ClientRate, Prober, ProbeSender, wanted_probes_per_s
 from pipelines.release.rollout_state import RolloutState, StepReading
@@ -285,6 +285,29 @@ def test_prober__no_images__says_so_and_sends_nothing(probing: Probing, server: 
     with pytest.raises(Refusal, match="are gone"):
         probing.look()
     assert (probing.keys_open, server.asked) == (0, [])
+
+
+@pytest.mark.parametrize("failure", [Refusal("the key", "is missing"), PermissionError("read-only")])
+def test_prober__no_key_to_be_had__fetches_the_images_once_a_minute(probing: Probing, failure: Exception) -> None:
+    fetched: list[str] = []
+
+    def find_images(state: RolloutState) -> Sequence[bytes]:
+        fetched.append(state.rollout_id)
+        return [b"one"]
+
+    def open_key() -> AbstractContextManager[str]:
+        raise failure
+
+    probing.prober._find_images, probing.prober._open_key = find_images, open_key
+    probing.simulation.answer()
+    probing.advance()
+    probing.look()
+    with pytest.raises(type(failure)):
+        probing.look()
+    for _ in range(3):
+        with pytest.raises(PerchError):
+            probing.look()
+    assert len(fetched) == 1
 
 
 def test_prober__services_that_do_not_take_its_key__stops(probing: Probing, server: Server) -> None:

@@ -1,7 +1,11 @@
 """The parts of staging that need no service; `tests/integration/test_staging.py` tries them with one."""
 
+import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -15,11 +19,14 @@ from pipelines.core.image_limits import ImageLimits
 from pipelines.core.scopes import Scope
 from pipelines.core.workspace import Workspace
 from pipelines.errors import Refusal, TryLater
-from pipelines.release import smoke_tests
+from pipelines.release import smoke_tests, staging
+from pipelines.release.kubernetes_target import KubernetesTarget
 from pipelines.release.smoke_tests import Expected, GoldenImage, run_smoke_tests
-from pipelines.release.staging import CALLER, stage_release, temporary_key
+from pipelines.release.staging import CALLER, SharedSlot, stage_release, temporary_key
 from pipelines.release.targets import ReleaseRef, Slot, SlotCounters
-from pipelines.stages.deploy_to_staging import choose_golden
+from pipelines.settings import Settings
+from pipelines.stages.deploy_to_staging import _open_place, choose_golden
+from tests.unit.release.simulated_release import Clock, SimulatedTarget
 
 RELEASE = ReleaseRef("shapes", "3", "9b1e" * 16, "/releases/9b1e.bento")
 
@@ -116,7 +123,8 @@ def test_stage_release__service_that_ends__is_removed_and_reported_as_the_one_fa
     expected: Expected, tmp_path: Path
 ) -> None:
     place = Place(refuse=Refusal("the service", "ended: no such model"))
-    report = stage_release(place, RELEASE, expected, keys_file=tmp_path / "keys.json", ready_timeout_s=7)
+    open_key = partial(temporary_key, tmp_path / "keys.json")
+    report = stage_release(place, RELEASE, expected, open_key=open_key, ready_timeout_s=7)
     assert [test.as_line() for test in report.failed] == [
         "start: ended: no such model (limit: a service that takes requests)"
     ]
@@ -130,12 +138,69 @@ def test_stage_release__however_it_ends__leaves_neither_service_nor_key(
 ) -> None:
     place, keys = Place(refuse=refuse), tmp_path / "keys.json"
     try:
-        report = stage_release(place, RELEASE, expected, keys_file=keys, ready_timeout_s=7)
+        report = stage_release(place, RELEASE, expected, open_key=partial(temporary_key, keys), ready_timeout_s=7)
         assert len(report.failed) == 12
     except TryLater:
         assert refuse is not None
     assert place.done[-1] == "remove"
     assert read_keys(keys).keys == ()
+
+
+def test_shared_slot__another_run_in_it__is_waited_for_then_taken_for_left_over_and_never_removed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(staging, "_LOOK_AGAIN_S", 0.01)
+    target, other = SimulatedTarget(Clock()), replace(RELEASE, version="4", digest="44" * 32)
+    SharedSlot(target, 60).remove(Slot.STAGING)  # nothing there
+    first, second = SharedSlot(target, 60), SharedSlot(target, 0.2)
+    first.deploy(Slot.STAGING, RELEASE)
+    first.deploy(Slot.STAGING, RELEASE)  # again, after a kill
+    began = time.monotonic()
+    second.deploy(Slot.STAGING, other)
+    assert time.monotonic() - began > 0.2
+    assert target.state().slots[Slot.STAGING] == other
+    with pytest.raises(TryLater, match="shapes v4 there meanwhile"):
+        first.remove(Slot.STAGING)
+    assert target.state().slots[Slot.STAGING] == other
+    second.remove(Slot.STAGING)
+    assert Slot.STAGING not in target.state().slots
+
+
+def test_shared_slot__nobody_knows_what_the_service_counts__is_to_be_tried_later_and_no_verdict(
+    expected: Expected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staging, "_LOOK_AGAIN_S", 0.01)
+    monkeypatch.setattr(staging, "_SEEN_LIMIT_S", 0.1)
+    target = SimulatedTarget(Clock())
+    monkeypatch.setattr(target, "observe", lambda slot: None)
+    with pytest.raises(TryLater, match="Prometheus"):
+        stage_release(SharedSlot(target, 1), RELEASE, expected, open_key=partial(nullcontext, "key"), ready_timeout_s=1)
+    assert Slot.STAGING not in target.state().slots
+
+
+def test_deploy_to_staging__release_target_is_a_cluster__takes_its_slot_and_a_standing_key(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path, target="kubernetes", staging_api_key="perch_key")
+    with _open_place(settings) as (place, open_key):
+        assert isinstance(place, SharedSlot)
+        assert isinstance(place._target, KubernetesTarget)
+        with open_key() as key:
+            assert key == "perch_key"
+    assert list(tmp_path.iterdir()) == []
+    without = settings.model_copy(update={"staging_api_key": ""})
+    with pytest.raises(Refusal, match="PERCH_STAGING_API_KEY"), _open_place(without):
+        pass
+
+
+def test_smoke_tests__service_asked_before_by_a_try_that_was_killed__counts_what_is_new(
+    expected: Expected, odd_service: str
+) -> None:
+    asked = iter(range(7, 10**6))
+
+    def observe() -> SlotCounters:
+        return SlotCounters(0.0, 0.0, 7 if next(asked) == 7 else 29, 1, 0, {0.5: 20}, {"circle": 1})
+
+    tests = {test.name: test for test in run_smoke_tests(odd_service, "key", expected, observe)}
+    assert tests["counters"].value == "22 requests (20 timed), 0 errors, 0 crashes"
 
 
 def test_temporary_key__beside_other_keys__comes_and_goes_alone_and_sweeps_up_old_ones(tmp_path: Path) -> None:
