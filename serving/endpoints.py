@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.responses import Response
 
 from pipelines.core.prediction_ids import new_prediction_id, time_of
-from pipelines.core.request_origins import CLIENT, MIRROR, PROBE, SHADOW_HEADER
+from pipelines.core.request_origins import CLIENT, MIRROR, PROBE, is_copy
 from serving.admission import Admission
 from serving.api import Endpoint, Exchange
 from serving.api_page import render_api_page
@@ -236,7 +236,7 @@ class Endpoints:
         prediction_id = new_prediction_id()
         label = self._labels[answer.label_index]
         confidence = answer.probabilities[answer.label_index]
-        origin = PROBE if exchange.is_probe else MIRROR if SHADOW_HEADER in exchange.request.headers else CLIENT
+        origin = PROBE if exchange.is_probe else MIRROR if is_copy(exchange.request.headers) else CLIENT
         if origin != PROBE:
             self._metrics.observe_prediction(label, confidence)
         _trace_steps(exchange, answer)
