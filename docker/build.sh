@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds images:  build.sh [serving] [pipeline] [airflow]     (all of them by default)
+# Builds images:  build.sh [serving] [pipeline] [airflow] [server]     (the first three by default)
 #
 #   BASE=…  their base image; without it, one is made here from Debian packages (make-base.sh, root)
 #   TOOL=…  buildah (the default where it is installed) or docker

@@ -1,4 +1,4 @@
-"""`perch up`, `down`, `status` and `demo`."""
+"""`perch up`, `down`, `status`, `slots` and `demo`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ def add_commands(app: typer.Typer) -> None:
     app.command("status", rich_help_panel=_PANEL)(status)
     app.command("down", rich_help_panel=_PANEL)(down)
     app.command("serve", rich_help_panel=_PANEL)(serve)
+    app.command("slots", rich_help_panel=_PANEL)(slots)
 
 
 def up() -> None:
@@ -87,6 +88,14 @@ def down() -> None:
 
     ended = Stack(get_settings()).down()
     typer.echo("all services ended" if ended else "nothing was up")
+
+
+def slots() -> None:
+    """Keep the slots' services running, in the foreground and without Envoy or Airflow: for a container of its own."""
+    from pipelines.services.slots import run_slots
+    from pipelines.settings import get_settings
+
+    raise typer.Exit(run_slots(get_settings()))
 
 
 def demo(

@@ -38,7 +38,7 @@ def bootstrap(layout: LocalLayout, ports: LocalPorts) -> dict[str, Any]:
         "node": {"id": "perch", "cluster": "perch"},
         "admin": {"address": _address(ports.admin)},
         "static_resources": {
-            "listeners": [_listener(layout, ports.clients)],
+            "listeners": [_listener(layout, ports)],
             "clusters": [
                 *(_cluster(process, ports.slots[process].api) for process in PRODUCTION_PROCESSES),
                 *(_cluster_with_fallback(process) for process in PRODUCTION_PROCESSES),
@@ -168,11 +168,11 @@ def _header(key: str, value: str) -> dict[str, Any]:
     return {"header": {"key": key, "value": value}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}
 
 
-def _address(port: int) -> dict[str, Any]:
-    return {"socket_address": {"address": HOST, "port_value": port}}
+def _address(port: int, host: str = HOST) -> dict[str, Any]:
+    return {"socket_address": {"address": host, "port_value": port}}
 
 
-def _listener(layout: LocalLayout, port: int) -> dict[str, Any]:
+def _listener(layout: LocalLayout, ports: LocalPorts) -> dict[str, Any]:
     manager = {
         "@type": f"{_TYPE}extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
         "stat_prefix": "clients",
@@ -212,7 +212,7 @@ def _listener(layout: LocalLayout, port: int) -> dict[str, Any]:
     }
     return {
         "name": "clients",
-        "address": _address(port),
+        "address": _address(ports.clients, ports.clients_host),
         "filter_chains": [
             {"filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]}
         ],

@@ -28,17 +28,19 @@ class SlotPorts:
 
 @dataclass(frozen=True)
 class LocalPorts:
-    """TCP ports on the loopback interface.
+    """TCP ports, of the loopback interface unless it is said.
 
     Attributes:
         clients: Envoy's, which clients know.
         admin: Envoy's own pages.
         slots: process name to its service's ports.
+        clients_host: address that Envoy takes clients' requests at; in a container of its own, all of them.
     """
 
     clients: int
     admin: int
     slots: dict[str, SlotPorts]
+    clients_host: str = HOST
 
 
 class LocalLayout:
@@ -85,4 +87,4 @@ class LocalLayout:
         except FileNotFoundError as error:
             raise TryLater(f"nothing is laid out in {self.folder}\n  what to do: `perch up`") from error
         slots = {process: SlotPorts(**ports) for process, ports in tree["slots"].items()}
-        return LocalPorts(tree["clients"], tree["admin"], slots)
+        return LocalPorts(tree["clients"], tree["admin"], slots, tree.get("clients_host", HOST))

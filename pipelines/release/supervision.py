@@ -17,8 +17,16 @@ from pipelines.errors import EXIT_REFUSED, TryLater
 _STOP_LIMIT_S = 40.0  # the supervisor kills after 15
 
 
+SOCKET = "PERCH_SUPERVISOR_SOCKET"
+
+
 def supervisor_socket(home: Path) -> Path:
-    """The socket of the supervisor of a home; a Unix socket's path may have 107 bytes, a checkout's may have more."""
+    """The socket of the supervisor of a home; a Unix socket's path may have 107 bytes, a checkout's may have more.
+
+    Containers that share a home have no folder for temporary files in common: there the environment names the socket.
+    """
+    if given := os.environ.get(SOCKET):
+        return Path(given)
     digest = sha256(str(home).encode()).hexdigest()[:12]
     return Path(tempfile.gettempdir()) / f"perch-{os.getuid()}-{digest}.sock"
 

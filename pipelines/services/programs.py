@@ -67,15 +67,22 @@ def tool(name: str) -> str:
 
 
 def common_environment(settings: Settings, ports: Ports) -> dict[str, str]:
-    """Variables that every program gets; by `SERVICES_OF` `perch down` knows what belongs to it."""
+    """Variables that every program gets."""
+    return {
+        **home_environment(settings),
+        "PERCH_MLFLOW_URI": ports.mlflow_uri,
+        "PERCH_AIRFLOW_URI": ports.airflow_uri,
+        "GIT_PYTHON_REFRESH": "quiet",
+    }
+
+
+def home_environment(settings: Settings) -> dict[str, str]:
+    """Whose a program is; by `SERVICES_OF` `perch down` knows what belongs to it."""
     return {
         SERVICES_OF: str(settings.home),
         "PERCH_HOME": str(settings.home),
         "PERCH_PROJECT_DIR": str(settings.project_dir),
-        "PERCH_MLFLOW_URI": ports.mlflow_uri,
-        "PERCH_AIRFLOW_URI": ports.airflow_uri,
         "PYTHONUNBUFFERED": "1",
-        "GIT_PYTHON_REFRESH": "quiet",
     }
 
 
@@ -166,9 +173,14 @@ def envoy_program(settings: Settings, ports: Ports) -> Program:
     )
 
 
-def slot_programs(settings: Settings, ports: Ports) -> list[Program]:
-    """The services of the slots; what each of them serves, the local target says."""
-    environment = {**common_environment(settings, ports), **serving_environment(settings)}
+def slot_programs(settings: Settings, common: dict[str, str]) -> list[Program]:
+    """The services of the slots; what each of them serves, the local target says.
+
+    Args:
+        settings: of this machine.
+        common: variables that every program gets.
+    """
+    environment = {**common, **serving_environment(settings)}
     # A release that was refused would be refused again.  Whatever else ends is started again: it waits by itself, so
     # that the supervisor need not give up.
     supervision = {"autorestart": "unexpected", "exitcodes": str(EXIT_REFUSED), "startsecs": "0"}

@@ -39,6 +39,7 @@ from pipelines.services.programs import (
     Program,
     airflow_environment,
     airflow_programs,
+    common_environment,
     envoy_program,
     mlflow_program,
     slot_programs,
@@ -119,10 +120,13 @@ class Stack:
         ensure_demo_key(self.settings)
         write_json(self.folder / "ports.json", asdict(ports))
         self.target.lay_out(_choose_local_ports(self.settings.home, ports.serving))
-        serving = [envoy_program(self.settings, ports), *slot_programs(self.settings, ports)]
+        serving = [
+            envoy_program(self.settings, ports),
+            *slot_programs(self.settings, common_environment(self.settings, ports)),
+        ]
         config = self.folder / "supervisord.conf"
         config.touch(mode=0o600)
-        config.write_text(_render_config(self, [*programs, *serving]), encoding="utf-8")
+        config.write_text(render_config(self, [*programs, *serving]), encoding="utf-8")
         subprocess.run(
             [tool("supervisord"), "--configuration", str(config)], check=True, cwd=self.folder, env=self._environment()
         )
@@ -260,6 +264,10 @@ class Stack:
         if code:
             raise PerchError(f"airflow db migrate ended with {code}:\n{self.log_tail('airflow-migrate')}")
 
+    def is_answering(self) -> bool:
+        """Whether the supervisor takes orders."""
+        return self._supervisor() is not None
+
     def _supervisor(self) -> Any | None:
         if not self.socket.exists():
             return None
@@ -294,7 +302,7 @@ class Stack:
                 continue
 
 
-def _render_config(stack: Stack, programs: list[Program]) -> str:
+def render_config(stack: Stack, programs: list[Program]) -> str:
     """Supervisord's configuration; `%` would be expanded, so it is doubled."""
     lines = [
         "[supervisord]",
