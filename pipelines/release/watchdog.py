@@ -114,7 +114,12 @@ class Watchdog:
         if not why or not self._is_still(row, state):
             return ""
         judged = replace(state, reading=self._readings.get((row.rollout_id, state.step.name), state.reading))
-        outcome = rollback.roll_back(self._world, row.model, reason=why, by=BY, judged=judged)
+        try:
+            outcome = rollback.roll_back(self._world, row.model, reason=why, by=BY, judged=judged)
+        except TryLater:
+            if known:  # the traffic has moved; that it cannot be written down yet must not end the look at others
+                return ""
+            raise
         if outcome.is_recorded:
             self._unrecorded.pop(row.rollout_id, None)
         else:
