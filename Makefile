@@ -43,7 +43,7 @@ test-unit: env ## The fast tests
 	$(BIN)/pytest -m "not slow and not services and not cluster"
 test-slow: env ## The long ones
 	$(BIN)/pytest -m slow
-cluster-test: env ## Releases on a real Kubernetes that is started for it (root; skipped where it cannot be)
+cluster-test: env ## Train in pods and release on a real Kubernetes that is started for it (root; skipped where it cannot be)
 	@bash scripts/cluster-test.sh $(BIN)/python
 
 bench: env ## Ingestion, one training epoch, the DAG, and a million predictions, each against its baseline
