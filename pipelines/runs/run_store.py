@@ -56,7 +56,10 @@ class RunStore:
         parts = urlsplit(settings.runs_url)
         if parts.scheme != "s3" or not parts.netloc:
             raise Refusal(
-                "PERCH_RUNS_URL", settings.runs_url, limit="s3://bucket/prefix", way_out="set it so, or unset it"
+                "PERCH_RUNS_URL",
+                settings.runs_url or "is empty",
+                limit="s3://bucket/prefix",
+                way_out="set it so; where it is unset, runs stay in the home, and nothing of them is shared",
             )
         self._bucket = parts.netloc
         prefix = parts.path.strip("/")
@@ -122,14 +125,14 @@ class RunStore:
             self._client.put_object(Bucket=self._bucket, Key=self._prefix + name, Body=content)
 
     def upload(self, name: str, file: Path) -> None:
-        """Put a file of any size; readers see the old object until all of it is there."""
-        from boto3.exceptions import S3UploadFailedError
+        """Put a file of any size as it is now; readers see the old object until all of it is there.
 
-        with explained(self._name):
-            try:
-                self._client.upload_file(str(file), self._bucket, self._prefix + name)
-            except S3UploadFailedError as error:
-                raise TryLater(f"{self._name} did not take {file.name}: {error}") from error
+        Raises:
+            FileNotFoundError: it is gone.
+        """
+        # Not by its name: boto3 opens that anew for each part, and a file replaced meanwhile would be put mixed.
+        with explained(self._name), file.open("rb") as stream:
+            self._client.upload_fileobj(stream, self._bucket, self._prefix + name)
 
     def download(self, name: str, file: Path) -> None:
         """Get a file of any size."""
@@ -174,6 +177,7 @@ class RunStore:
             self.put(name, b"second", replaces=None)
         except Conflict:
             return
+        self.remove(name)  # found again, it would speak against the store also once that has learnt it
         raise Refusal(
             f"the store {_S3}{self._bucket}",
             "replaces an object although the request says If-None-Match: *",

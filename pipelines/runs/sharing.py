@@ -24,10 +24,11 @@ from typing import Any
 
 import yaml
 
+from pipelines.core.locking import hold
 from pipelines.core.tar_archives import extract
-from pipelines.errors import EXIT_OK, EXIT_REFUSED, EXIT_TRY_LATER, PerchError, Refusal, TryLater
-from pipelines.runs.run_store import Conflict, Lease, RunStore, keep_in_step
-from pipelines.runs.stages import dvc_command, run_tool
+from pipelines.errors import EXIT_OK, PerchError, Refusal, TryLater
+from pipelines.runs.run_store import Conflict, Lease, RunStore, Stored, keep_in_step
+from pipelines.runs.stages import dvc_command, run_lock, run_tool
 from pipelines.runs.workspaces import workspace_of, write_dvc_config
 from pipelines.settings import Settings
 
@@ -35,7 +36,9 @@ _OPENED = "opened.tar"
 _PROGRESS = "progress.tar"
 _FIXED = ("run.json", "params.yaml", "dvc.yaml", "pipelines", "expectations", "reference")
 _AT_FIRST = ("tuning",)  # written anew where trials ran side by side
+_BROUGHT = ".brought"  # in a workspace that only readers use: what of the bucket it is
 _LEASE_WAIT_S = 45.0  # longer than a lease that nobody renews any more
+_FETCH_LIMIT_S = 1800.0  # for another process of this machine that fetches the same
 _CHECKPOINT_PAUSE_S = 30.0
 # What the steps after DVC read of what the stages made; a step that is not named gets everything.
 _READS = {"model_packaging": (), "notify_team": ("evaluation",)}
@@ -91,8 +94,35 @@ class SharedRun:
             Refusal: this machine has another run of that name.
         """
         opened, progress = self._store.read(_OPENED), self._store.read(_PROGRESS)
-        if opened is None:
-            return
+        if opened is not None:
+            self._bring(opened, progress)
+
+    def fetch_for_reading(self, *paths: str) -> None:
+        """As `fetch`, with outputs of stages, for several processes of this machine that only read them.
+
+        What one of them has brought stays as it is for the next, which would else take it from under the first.
+
+        Args:
+            paths: of the outputs.
+
+        Raises:
+            Refusal: this machine has another run of that name.
+            TryLater: a step of the run is at work on this machine, or the bucket does not answer.
+        """
+        root = self.workspace.root
+        with hold(root.with_name(f".fetching-{root.name}"), wait_s=_FETCH_LIMIT_S):
+            opened, progress = self._store.read(_OPENED), self._store.read(_PROGRESS)
+            if opened is None:
+                return
+            brought, state = root / _BROUGHT, f"{opened.tag} {progress.tag if progress else ''}"
+            if not brought.is_file() or brought.read_text(encoding="utf-8") != state:
+                with run_lock(self.workspace):
+                    self._bring(opened, progress)
+                brought.write_text(state, encoding="utf-8")
+            if paths:
+                self._dvc("pull", *paths)
+
+    def _bring(self, opened: Stored, progress: Stored | None) -> None:
         self._is_opened = True
         self._progress_tag = progress.tag if progress else None
         self._clear(opened.content)
@@ -153,15 +183,7 @@ class SharedRun:
             if not out["path"].startswith("results/")
         }
         if wanted := sorted(made & set(_READS.get(stage, tuple(made)))):
-            self.fetch_paths(*wanted)
-
-    def fetch_paths(self, *paths: str) -> None:
-        """Get outputs of stages by their paths.
-
-        Raises:
-            TryLater: they could not be fetched.
-        """
-        self._dvc("pull", *paths)
+            self._dvc("pull", *wanted)
 
     def share(self, stage: str, *, outputs: bool) -> None:
         """Put what a step left: its outputs, then `dvc.lock` with all small files, which make them known.
@@ -206,10 +228,26 @@ class SharedRun:
         outcome: dict[str, Any] = json.loads(found.content)
         return outcome
 
+    def require_opened(self) -> None:
+        """Refuse a run that nobody has shared.
+
+        Raises:
+            Refusal: the bucket does not know it.
+        """
+        if self._store.age_s(_OPENED) == float("inf"):
+            raise Refusal(
+                f"run {self.workspace.root.name}",
+                "not found below PERCH_RUNS_URL",
+                limit=self._settings.runs_url,
+                way_out="name a run that has begun; Airflow's are called as its DAG runs",
+            )
+
     def _clear(self, opened: bytes) -> None:
         """Remove the workspace here, but for what the machine keeps for itself."""
         root = self.workspace.root
-        if self.workspace.run_file.is_file():
+        (root / _BROUGHT).unlink(missing_ok=True)
+        # Another run of that name, of which no step was done, was opened here and killed before it was shared.
+        if self.workspace.run_file.is_file() and (root / "dvc.lock").is_file():
             with tarfile.open(fileobj=io.BytesIO(opened)) as tar:
                 record = tar.extractfile("run.json")
                 if record is not None and record.read() != self.workspace.run_file.read_bytes():
@@ -246,12 +284,15 @@ class SharedRun:
     def _fetch_checkpoints(self) -> None:
         """Those of another machine; where this one has its own, they are as good."""
         folder = self.workspace.checkpoints
-        if folder.is_dir():
+        names = [] if folder.is_dir() else self._store.names("checkpoints/")
+        if not names:
             return
-        for name in self._store.names("checkpoints/"):
-            file = self.workspace.root / name
-            file.parent.mkdir(parents=True, exist_ok=True)
-            self._store.download(name, file)
+        draft = folder.with_name(f".{folder.name}")  # whole or not at all: the next fetch takes what is there
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir()
+        for name in names:
+            self._store.download(name, draft / Path(name).name)
+        draft.rename(folder)
 
     def _share_checkpoints(self, sent: dict[Path, tuple[int, int]]) -> None:
         folder = self.workspace.checkpoints
@@ -299,20 +340,17 @@ def read_outcome(settings: Settings, run_id: str, stage: str) -> Outcome:
     """How a step of a shared run ended.
 
     Raises:
+        Refusal: the bucket knows no such run.
         TryLater: it has not ended, or the bucket does not answer.
     """
-    found = SharedRun(settings, run_id).outcome(stage)
+    shared = SharedRun(settings, run_id)
+    found = shared.outcome(stage)
     if found is None:
+        shared.require_opened()
         raise TryLater(f"{stage} of run {run_id} has not ended\n  what to do: wait for it, or look at its pod's log")
     code, message = found["exit_code"], found["message"]
     if code == EXIT_OK:
         return Outcome(found["by"], found["result"], None)
-    error = {EXIT_REFUSED: _Refused, EXIT_TRY_LATER: TryLater}.get(code, PerchError)(message)
-    error.links, error.stage = found["links"], stage
+    error = PerchError(message)
+    error.exit_code, error.links, error.stage = code, found["links"], stage
     return Outcome(found["by"], {}, error)
-
-
-class _Refused(PerchError):
-    """A refusal in the words in which it was made."""
-
-    exit_code = EXIT_REFUSED

@@ -11,7 +11,7 @@ from typing import Any
 from pipelines.core.locking import hold
 from pipelines.core.results import write_json
 from pipelines.core.workspace import Workspace
-from pipelines.errors import PerchError, Refusal, TryLater
+from pipelines.errors import EXIT_REFUSED, EXIT_TRY_LATER, PerchError, Refusal
 from pipelines.params import load_params
 from pipelines.runs.stages import run_lock, run_tool
 from pipelines.runs.workspaces import find_workspace
@@ -51,8 +51,12 @@ def run_share(settings: Settings, run_id: str, share: int, of: int) -> None:
         try:
             run_tool([sys.executable, "-m", "pipelines", *words], workspace, settings)
         except subprocess.CalledProcessError as error:
-            kind = TryLater if error.returncode == TryLater.exit_code else PerchError
-            raise kind(f"share {share} of the trials of {run_id} ended with exit code {error.returncode}") from None
+            ending = PerchError(
+                f"share {share} of the trials of {run_id} ended with exit code {error.returncode}; its log is above"
+            )
+            if error.returncode in (EXIT_REFUSED, EXIT_TRY_LATER):
+                ending.exit_code = error.returncode  # whoever schedules it must know which
+            raise ending from None
 
 
 def run_share_here(settings: Settings, workspace: Workspace, share: int, of: int) -> int:
@@ -124,11 +128,7 @@ def _workspace(settings: Settings, run_id: str, *, inputs: bool = False) -> Work
         return find_workspace(settings, run_id)
     from pipelines.runs.sharing import SharedRun
 
-    shared = SharedRun(settings, run_id)
-    with hold(settings.runs_dir / f".fetching-{shared.workspace.root.name}", wait_s=_LOCK_WAIT_S):
-        shared.fetch()
-        if inputs:
-            shared.fetch_paths(*_INPUTS)
+    SharedRun(settings, run_id).fetch_for_reading(*(_INPUTS if inputs else ()))
     return find_workspace(settings, run_id)
 
 

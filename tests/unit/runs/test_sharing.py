@@ -1,0 +1,181 @@
+"""A run's workspace through a bucket of an S3-speaking server: what a machine brings, and what it leaves alone."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+from pipelines.cli.printing import print_error
+from pipelines.errors import EXIT_REFUSED, Refusal, TryLater
+from pipelines.runs.run_store import RunStore
+from pipelines.runs.sharing import SharedRun, read_outcome
+from pipelines.runs.workspaces import open_workspace
+from pipelines.settings import Settings
+
+PROJECT = Path(__file__).parents[3]
+Machine = Callable[[str], SharedRun]
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    address = f"http://{host}:{port}"
+    boto3.client(
+        "s3", endpoint_url=address, aws_access_key_id="test", aws_secret_access_key="test", region_name="us-east-1"
+    ).create_bucket(Bucket="shared-runs")
+    yield address
+    server.stop()
+
+
+@pytest.fixture
+def settings_of(
+    endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Callable[[str], Settings]:
+    """Settings of a machine by its name; each has a disk of its own, and all of them the bucket."""
+    for name, value in {"ACCESS_KEY_ID": "test", "SECRET_ACCESS_KEY": "test", "DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    project = tmp_path / "project"
+    project.mkdir()
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy2(PROJECT / name, project)
+    shutil.copytree(PROJECT / "expectations", project / "expectations")
+
+    def make(name: str) -> Settings:
+        return Settings(
+            project_dir=project,
+            home=tmp_path / name,
+            runs_url=f"s3://shared-runs/{request.node.name}",
+            s3_endpoint_url=endpoint,
+        )
+
+    return make
+
+
+@pytest.fixture
+def machine(settings_of: Callable[[str], Settings]) -> Machine:
+    return lambda name: SharedRun(settings_of(name), "r")
+
+
+@pytest.fixture
+def opened(settings_of: Callable[[str], Settings], machine: Machine) -> SharedRun:
+    """A run that the machine a has opened and shared."""
+    open_workspace(settings_of("a"), "r", {})
+    shared = machine("a")
+    shared.share_opened()
+    return shared
+
+
+def test_fetch_for_reading__second_process_of_a_machine__leaves_what_the_first_reads(
+    opened: SharedRun, machine: Machine
+) -> None:
+    first = machine("b")
+    first.fetch_for_reading()
+    at_work = first.workspace.root / "data" / "splits.npy"
+    at_work.parent.mkdir()
+    at_work.touch()
+    machine("b").fetch_for_reading()
+    assert at_work.is_file()
+    (opened.workspace.root / "dvc.lock").write_text("stages: {}\n")
+    opened.share("data_ingestion", outputs=False)
+    machine("b").fetch_for_reading()
+    assert (first.workspace.root / "dvc.lock").is_file()
+    assert not at_work.exists()
+
+
+def test_fetch_for_reading__a_step_was_here_meanwhile__trusts_nothing_of_it(
+    opened: SharedRun, machine: Machine
+) -> None:
+    reader = machine("b")
+    reader.fetch_for_reading()
+    machine("b").fetch()
+    left = reader.workspace.root / "half-written"
+    left.touch()  # by a step that was killed
+    reader.fetch_for_reading()
+    assert not left.exists()
+
+
+def test_fetch__run_of_that_name_opened_here_and_never_begun__gives_way_to_the_shared_one(
+    opened: SharedRun, machine: Machine, settings_of: Callable[[str], Settings]
+) -> None:
+    own = open_workspace(settings_of("b"), "r", {"seed": 11})
+    other = own.run_file.read_bytes()
+    machine("b").fetch()
+    assert own.run_file.read_bytes() == opened.workspace.run_file.read_bytes() != other
+
+
+def test_fetch__run_of_that_name_with_a_step_done_here__is_refused_and_kept(
+    opened: SharedRun, machine: Machine, settings_of: Callable[[str], Settings]
+) -> None:
+    own = open_workspace(settings_of("b"), "r", {"seed": 11})
+    (own.root / "dvc.lock").write_text("stages: {}\n")
+    other = own.run_file.read_bytes()
+    with pytest.raises(Refusal, match="is another one in"):
+        machine("b").fetch()
+    assert own.run_file.read_bytes() == other
+
+
+def test_fetch__broken_off_among_the_checkpoints__leaves_none_and_the_next_brings_all(
+    opened: SharedRun, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened.workspace.checkpoints.mkdir()
+    for name in ("study.json", "trial-1.ckpt"):
+        (opened.workspace.checkpoints / name).write_text(name)
+    with opened.checkpoints_shared():
+        pass
+    download = RunStore.download
+
+    def fail_at_the_second(self: RunStore, name: str, file: Path) -> None:
+        if name.endswith(".ckpt"):
+            raise TryLater("gone")
+        download(self, name, file)
+
+    other = machine("b")
+    with monkeypatch.context() as patch:
+        patch.setattr(RunStore, "download", fail_at_the_second)
+        with pytest.raises(TryLater, match="gone"):
+            other.fetch()
+    assert not other.workspace.checkpoints.exists()
+    other.fetch()
+    assert {file.name for file in other.workspace.checkpoints.iterdir()} == {"study.json", "trial-1.ckpt"}
+
+
+def test_upload__file_replaced_between_two_parts__is_the_one_that_it_began_with(
+    opened: SharedRun, tmp_path: Path
+) -> None:
+    store, file = opened._store, tmp_path / "epoch.ckpt"
+    first, second = (bytes([value]) * (20 * 2**20) for value in (1, 2))  # three parts
+    file.write_bytes(first)
+
+    def replace(**_: Any) -> None:
+        newer = file.with_suffix(".partial")
+        newer.write_bytes(second)
+        newer.replace(file)
+
+    store._client.meta.events.register("before-call.s3.CreateMultipartUpload", replace)
+    store.upload("checkpoints/epoch.ckpt", file)
+    store.download("checkpoints/epoch.ckpt", tmp_path / "copy.ckpt")
+    assert file.read_bytes() == second
+    assert (tmp_path / "copy.ckpt").read_bytes() == first
+
+
+def test_outcome__of_a_refusal__is_one_for_who_asks_later(
+    opened: SharedRun, settings_of: Callable[[str], Settings], capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened.share_outcome("data_validation", None, Refusal("the suite images", "failed", limit="all met"))
+    with pytest.raises(TryLater, match="data_ingestion of run r has not ended"):
+        read_outcome(settings_of("b"), "r", "data_ingestion")
+    with pytest.raises(Refusal, match="run week-9: not found below PERCH_RUNS_URL"):
+        read_outcome(settings_of("b"), "week-9", "data_ingestion")
+    error = read_outcome(settings_of("b"), "r", "data_validation").error
+    assert error is not None
+    assert error.exit_code == EXIT_REFUSED
+    print_error(error)
+    assert capsys.readouterr().err == "data_validation refused: the suite images: failed (limit: all met)\n"
