@@ -32,6 +32,7 @@ def connect(settings: S3Settings, *, concurrent: int = 10, attempts: int | None 
     """
     import boto3
     from botocore.config import Config
+    from botocore.exceptions import InvalidRegionError
 
     if settings.ca_bundle is not None and not settings.ca_bundle.expanduser().is_file():
         raise Refusal(
@@ -57,6 +58,13 @@ def connect(settings: S3Settings, *, concurrent: int = 10, attempts: int | None 
                 verify=str(settings.ca_bundle.expanduser()) if settings.ca_bundle else None,
                 config=config,
             )
+        except InvalidRegionError as error:
+            raise Refusal(
+                "the region of S3",
+                str(error),
+                limit="a region's name, e.g. eu-central-1",
+                way_out="correct PERCH_S3_REGION, or, where that is unset, AWS_DEFAULT_REGION or boto3's configuration",
+            ) from error
         except ValueError as error:  # boto3's word for an endpoint that is no URL
             raise Refusal(
                 "PERCH_S3_ENDPOINT_URL", str(error), limit="https://host[:port]", way_out="correct it, or unset it"
@@ -78,8 +86,10 @@ def explained(name: str) -> Iterator[None]:
     from botocore.exceptions import (
         BotoCoreError,
         ClientError,
+        ConfigParseError,
         CredentialRetrievalError,
         NoCredentialsError,
+        ParamValidationError,
         PartialCredentialsError,
         ProfileNotFound,
         SSLError,
@@ -103,6 +113,12 @@ def explained(name: str) -> Iterator[None]:
             name,
             f"needs credentials: {error}",
             way_out="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give the pod a role",
+        ) from error
+    except (ParamValidationError, ConfigParseError) as error:  # raised before anything is sent
+        raise Refusal(
+            name,
+            f"cannot be asked: {error}",
+            way_out="check the bucket's name in the address, and boto3's own configuration (~/.aws/config)",
         ) from error
     except SSLError as error:
         raise _explain_tls(name, error) from error

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from pipelines.errors import Refusal
-from pipelines.object_storage.client import connect
+from pipelines.object_storage.client import connect, explained
 from pipelines.object_storage.settings import S3Settings, read_s3_settings
 
 
@@ -71,6 +71,29 @@ def test_connect__bundle_is_missing_or_endpoint_no_url__is_refused(tmp_path: Pat
         connect(S3Settings(ca_bundle=tmp_path / "no.pem"))
     with pytest.raises(Refusal, match="PERCH_S3_ENDPOINT_URL: Invalid endpoint"):
         connect(S3Settings(endpoint_url="s3.local:9000 oops"))
+
+
+def test_connect__no_such_region__names_the_region_and_not_the_endpoint() -> None:
+    with pytest.raises(Refusal, match="region of S3: Provided region_name 'no region!'") as caught:
+        connect(S3Settings(region="no region!"))
+    assert "PERCH_S3_REGION" in caught.value.way_out
+
+
+def test_explained__bucket_that_cannot_be__is_refused_and_not_asked_again() -> None:
+    client = connect(S3Settings(region="eu-central-1"))
+    with pytest.raises(Refusal, match="cannot be asked: ") as caught, explained("the source s3://My Scans/"):
+        client.list_objects_v2(Bucket="My Scans")
+    assert caught.value.thing == "the source s3://My Scans/"
+    assert "Invalid bucket name" in caught.value.value
+
+
+def test_explained__boto3_s_configuration_is_broken__is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config").write_text("region = eu-central-1\n")  # below no section
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    with pytest.raises(Refusal, match="cannot be asked: Unable to parse config file"):
+        connect(S3Settings())
 
 
 def test_read_s3_settings__no_such_addressing__names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
