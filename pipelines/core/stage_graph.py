@@ -10,6 +10,9 @@ import yaml
 
 from pipelines.errors import Refusal
 
+# They change the registry or tell people, so DVC, which would skip them, has no say.
+STEPS_AFTER_DVC = ("model_registration", "model_packaging", "deploy_to_staging", "notify_team")
+
 
 @dataclass(frozen=True)
 class StageNode:

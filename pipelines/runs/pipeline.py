@@ -7,16 +7,13 @@ from contextlib import suppress
 from datetime import date
 from typing import Any
 
-from pipelines.core.stage_graph import read_stage_graph
+from pipelines.core.stage_graph import STEPS_AFTER_DVC, read_stage_graph
 from pipelines.core.workspace import Workspace
 from pipelines.errors import PerchError, TryLater
 from pipelines.params import load_params
 from pipelines.runs.stages import run_in_workspace, run_lock
 from pipelines.runs.workspaces import open_workspace
 from pipelines.settings import Settings
-
-# They change the registry or tell people, so DVC, which would skip them, has no say.
-STEPS_AFTER_DVC = ("model_registration", "model_packaging", "deploy_to_staging", "notify_team")
 
 
 def pipeline_steps(settings: Settings) -> list[str]:

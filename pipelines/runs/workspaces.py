@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from datetime import UTC, date, datetime
+from difflib import get_close_matches
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import yaml
 
 import pipelines
 from pipelines.core.results import write_json
+from pipelines.core.stage_graph import STEPS_AFTER_DVC, read_stage_graph
 from pipelines.core.workspace import Workspace
 from pipelines.errors import Refusal
 from pipelines.modeling.preconditions import check_training_preconditions
@@ -96,6 +98,7 @@ def open_workspace(
         return workspace
 
     params = resolve_params(settings, overrides, as_of=as_of)
+    _refuse_unknown_steps(settings, params)
     check_training_preconditions(params.model_training)
     _refuse_full_disk(settings.home)
     settings.runs_dir.mkdir(parents=True, exist_ok=True)
@@ -142,6 +145,21 @@ def resolve_params(settings: Settings, overrides: Mapping[str, Any], *, as_of: d
         return params
     date_ = as_of or datetime.now(UTC).date()
     return params.model_copy(update={"data_ingestion": params.data_ingestion.model_copy(update={"as_of": date_})})
+
+
+def _refuse_unknown_steps(settings: Settings, params: Params) -> None:
+    """Refuse a misspelt step among the pods', which would ask for what every pod does without a word."""
+    graph = read_stage_graph(settings.project_dir / "dvc.yaml")
+    known = [*(node.name for node in graph), *STEPS_AFTER_DVC, "trials"]
+    for step in params.pods.steps:
+        if step not in known:
+            near = get_close_matches(step, known, n=1)
+            raise Refusal(
+                f"pods.steps.{step}",
+                "there is no such step",
+                limit=", ".join(known),
+                way_out=f"write {near[0]}, or take it out of params.yaml" if near else "take it out of params.yaml",
+            )
 
 
 def recorded_packages() -> dict[str, str]:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import date
 from typing import Any
@@ -18,20 +19,20 @@ from rich.table import Table
 from rich.text import Text
 
 from pipelines.core.own_command import own_command
-from pipelines.core.stage_graph import read_stage_graph
-from pipelines.errors import PerchError
+from pipelines.core.stage_graph import STEPS_AFTER_DVC, read_stage_graph
+from pipelines.errors import PerchError, Refusal
 from pipelines.release.airflow_approvals import DAG_ID as RELEASE_DAG_ID
 from pipelines.release.targets import Slot
 from pipelines.services.airflow_client import AirflowClient, TaskState
 from pipelines.services.demo_release import APPROVER, LIMITS, follow_release
 from pipelines.services.programs import Ports, common_environment, tool
+from pipelines.services.rollouts import read_champions
 from pipelines.services.secrets import ensure_demo_key, ensure_passwords, passwords_file
 from pipelines.services.stack import Stack
 from pipelines.settings import Settings
 
 DAG_ID = "ml_training_pipeline"
 WEEKS = (date(2026, 11, 1), date(2026, 11, 8))
-_LAST_STEPS = ("model_registration", "model_packaging", "deploy_to_staging", "notify_team")
 _FINISHED = {"success", "failed"}
 _KEPT_LIMIT_S = 60.0
 
@@ -66,8 +67,10 @@ def run_demo(settings: Settings, *, stay: bool) -> None:
     """Start the services, run the weeks that have not been run, print what came of them, stay up until Ctrl-C.
 
     Raises:
+        Refusal: the environment would have it run or release elsewhere than on this machine.
         PerchError: a service did not start, or a week's run failed; the message holds the task's last lines.
     """
+    _refuse_elsewhere(settings)
     console = Console(highlight=False)
     home = (
         settings.home.relative_to(settings.project_dir)
@@ -86,7 +89,7 @@ def run_demo(settings: Settings, *, stay: bool) -> None:
         passwords = ensure_passwords(settings)
         client = AirflowClient(ports.airflow_uri, "admin", passwords["admin"])
         client.wait_for_dag(DAG_ID)
-        steps = (*(node.name for node in read_stage_graph(settings.project_dir / "dvc.yaml")), *_LAST_STEPS)
+        steps = (*(node.name for node in read_stage_graph(settings.project_dir / "dvc.yaml")), *STEPS_AFTER_DVC)
         approver = AirflowClient(ports.airflow_uri, APPROVER, passwords[APPROVER])
         client.wait_for_dag(RELEASE_DAG_ID)
         weeks = []
@@ -114,6 +117,13 @@ def run_demo(settings: Settings, *, stay: bool) -> None:
         console.print(f"The services were up before, and stay so; [bold]{perch} down[/bold] ends them.")
     else:
         console.print(f"Services ended; [bold]{perch} up[/bold] starts them again with everything in place.")
+
+
+def _refuse_elsewhere(settings: Settings) -> None:
+    """Refuse to train in a cluster's pods, or to release digits to its clients, because somebody has exported that."""
+    for variable, value in (("PERCH_RUNNER", settings.runner), ("PERCH_TARGET", settings.target)):
+        if value != "local":
+            raise Refusal(variable, value, limit="local: the demo keeps to this machine", way_out=f"unset {variable}")
 
 
 def _start(stack: Stack, console: Console) -> Ports:
@@ -178,22 +188,34 @@ def _explain_failure(client: AirflowClient, week: WeekView) -> str:
     )
 
 
-def _print_outcome(
-    console: Console, settings: Settings, client: AirflowClient, ports: Ports, weeks: list[WeekView]
-) -> None:
-    table = Table("registered", "images", "test accuracy", "95 % interval", "took", box=None, padding=(0, 2, 0, 0))
+def render_outcome(weeks: list[WeekView], aliases: Mapping[str, str | None]) -> Table:
+    """A row for each week's version.
+
+    Args:
+        weeks: that are done.
+        aliases: alias to version, as they are in the end.
+    """
+    table = Table("version", "images", "test accuracy", "95 % interval", "took", box=None, padding=(0, 2, 0, 0))
     for week in weeks:
-        registration, metrics = week.results["model_registration"], week.results["model_evaluation"]["metrics"]
+        staged, metrics = week.results["deploy_to_staging"], week.results["model_evaluation"]["metrics"]
         images = week.results["data_ingestion"]["metrics"]["data/images"]
         took = sum(task.duration_s or 0.0 for task in week.tasks.values())
+        name = f"{staged['model']} v{staged['version']}"
         table.add_row(
-            registration["summary"],
+            ", ".join([name, *(alias for alias, version in aliases.items() if version == staged["version"])]),
             f"{images:,.0f}",
             f"{metrics['test/accuracy']:.3f}",
             f"[{metrics['test/accuracy_low']:.3f}, {metrics['test/accuracy_high']:.3f}]".replace("[", r"\["),
             f"{took:.0f} s",
         )
-    console.print(table)
+    return table
+
+
+def _print_outcome(
+    console: Console, settings: Settings, client: AirflowClient, ports: Ports, weeks: list[WeekView]
+) -> None:
+    champions = read_champions(settings, weeks[-1].results["deploy_to_staging"]["model"])
+    console.print(render_outcome(weeks, champions.as_aliases()))
     console.print(f"\nMLflow   {ports.mlflow_uri}")
     console.print(f"Airflow  {ports.airflow_uri}   log in as admin, passwords in {passwords_file(settings)}")
     card = client.links(DAG_ID, weeks[-1].run_id, "model_evaluation").get("Model card")

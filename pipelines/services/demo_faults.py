@@ -361,6 +361,7 @@ def _own_home(settings: Settings) -> Iterator[Settings]:
         "PERCH_HOME": str(home),
         SERVICES_OF: str(home),  # so that the next demo ends a training that this one, killed, leaves behind
         "PERCH_PROJECT_DIR": str(settings.project_dir),
+        "PERCH_TARGET": "local",  # whatever is exported: no cluster gets bad releases
         "PERCH_SERVING_FLUSH_INTERVAL_S": "2",  # agreement is read from what was kept
         "PERCH_SERVING_WORKERS": str(WORKERS),
     }

@@ -101,6 +101,13 @@ def test_resolve_params__as_of__comes_from_the_override_before_the_run(
     assert resolve_params(settings, overrides, as_of=as_of).data_ingestion.as_of == expected
 
 
+def test_open_workspace__pods_of_a_step_that_there_is_not__are_refused_with_the_nearest(settings: Settings) -> None:
+    with pytest.raises(Refusal, match=r"pods\.steps\.model_trainig: there is no such step .*trials") as caught:
+        open_workspace(settings, "r1", {"pods.steps": {"model_trainig": {"cpu": 8}}})
+    assert caught.value.way_out.startswith("write model_training")
+    open_workspace(settings, "r1", {"pods.steps": {"trials": {"cpu": 2}, "deploy_to_staging": {"cpu": 2}}})
+
+
 def test_resolve_params__no_params_file__says_where_it_looked(tmp_path: Path) -> None:
     with pytest.raises(Refusal, match="PERCH_PROJECT_DIR"):
         resolve_params(Settings(project_dir=tmp_path, home=tmp_path), {})

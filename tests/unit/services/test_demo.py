@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from pipelines.errors import Refusal
 from pipelines.services.airflow_client import TaskState
-from pipelines.services.demo import WeekView
+from pipelines.services.demo import WeekView, render_outcome, run_demo
+from pipelines.settings import Settings
 
 
 @pytest.mark.parametrize("width", [80, 100])
@@ -23,3 +26,29 @@ def test_week__seconds_beside_a_long_summary__keep_their_unit(width: int) -> Non
     assert lines[1].endswith(" 1234.5 s")
     assert max(map(len, lines)) <= width
     assert "".join(line[26:-11].strip() for line in lines[1:]).replace(" ", "") in summary.replace(" ", "")
+
+
+def test_outcome__after_both_releases__has_the_aliases_as_they_are_then() -> None:
+    weeks = []
+    for version in ("1", "2"):
+        week = WeekView(f"Week {version}", version, ())
+        week.results = {
+            "data_ingestion": {"metrics": {"data/images": 1197.0}},
+            "model_evaluation": {
+                "metrics": {"test/accuracy": 0.983, "test/accuracy_low": 0.952, "test/accuracy_high": 0.994}
+            },
+            "deploy_to_staging": {"model": "digits-classification", "version": version},
+        }
+        weeks.append(week)
+    console = Console(file=io.StringIO(), width=90)
+    console.print(render_outcome(weeks, {"champion": "2", "previous": "1"}))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert lines[1].startswith("digits-classification v1, previous ")
+    assert lines[2].startswith("digits-classification v2, champion ")
+
+
+@pytest.mark.parametrize("variable", ["runner", "target"])
+def test_demo__somebody_has_exported_a_cluster__keeps_to_this_machine(variable: str, tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match=f"PERCH_{variable.upper()}: kubernetes"):
+        run_demo(Settings(home=tmp_path, **{variable: "kubernetes"}), stay=False)
+    assert not list(tmp_path.iterdir())

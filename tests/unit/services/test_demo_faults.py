@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from pipelines.services.demo_faults import (
     Look,
     Stopped,
     _describe,
+    _own_home,
     describe_outcome,
     render_summary,
     run_faults,
@@ -155,3 +157,12 @@ def test_run_faults__another_one_is_at_it__leaves_its_home_alone(tmp_path: Path)
     with hold(tmp_path / "faults.lock", wait_s=0), pytest.raises(TryLater, match="one at a time"):
         run_faults(Settings(home=tmp_path))
     assert kept.read_bytes() == b"of the first"
+
+
+def test_own_home__somebody_has_exported_a_cluster__is_of_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PERCH_TARGET", "kubernetes")
+    with _own_home(Settings(home=tmp_path)) as own:
+        assert (own.target, own.home) == ("local", tmp_path / "faults")
+    assert os.environ["PERCH_TARGET"] == "kubernetes"
