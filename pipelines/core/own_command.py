@@ -11,8 +11,8 @@ def own_command() -> str:
     """`perch` where the shell finds this very one by that name, else its path, from the current folder if below it."""
     program = Path(sys.executable).parent / "perch"
     found = shutil.which("perch")
-    if found is not None and Path(found).samefile(program):
-        return "perch"
+    if not program.is_file() or (found is not None and Path(found).samefile(program)):
+        return "perch"  # without a program beside this Python, nobody knows a better name
     return str(program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else program)
 
 

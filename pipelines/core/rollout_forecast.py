@@ -176,14 +176,18 @@ def deviation(forecast: StepForecast, requests: float, minutes: float) -> str:
         requests: of the canary, until the verdict.
         minutes: until the verdict.
     """
+    if forecast.requests is None:
+        return f"{forecast.step}: {requests:,.0f} requests, {minutes:.1f} min; no promotion had been expected"
     by_requests = _off(requests, forecast.requests, "requests", "{:,.0f}")
-    by_minutes = _off(minutes, forecast.minutes, "min", "{:.1f}")
+    by_minutes = (
+        f"{minutes:.1f} min, not forecast: there was no traffic when it began"
+        if forecast.minutes is None
+        else _off(minutes, forecast.minutes, "min", "{:.1f}")
+    )
     return f"{forecast.step}: {by_requests}; {by_minutes}"
 
 
-def _off(actual: float, expected: float | None, unit: str, form: str) -> str:
-    if expected is None:
-        return f"{form.format(actual)} {unit}, no forecast"
+def _off(actual: float, expected: float, unit: str, form: str) -> str:
     ratio = f" ({actual / expected - 1:+.0%})" if expected > 0 else ""
     return f"{form.format(actual)} {unit}, forecast {form.format(expected)}{ratio}"
 

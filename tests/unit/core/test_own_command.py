@@ -38,6 +38,14 @@ def test_own_command__another_perch_is_on_the_path__is_not_that_one(
     assert own_command().endswith("/perch")
 
 
+def test_own_command__python_without_the_program_beside_it__spoils_no_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(BIN))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    assert make_runnable("`perch up`") == "`perch up`"
+
+
 def test_make_runnable__hints_in_a_message__alone_are_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/usr/bin")
     monkeypatch.chdir(tmp_path)
