@@ -1,16 +1,14 @@
-"""Distribution-free bounds on a quantile, e.g. the p95 of latency, from samples or from a Prometheus histogram.
+"""Distribution-free bounds on a quantile, e.g. the p95 of latency, from a Prometheus histogram.
 
 Nothing is assumed of the distribution: "p95 is at most x" says that at least 95 % of all requests take at most x, and
 how many of the observed ones do is a count.  The bounds hold at every look at once (`pipelines.core.share_bounds`).
 
-Source: S. R. Howard and A. Ramdas, Sequential estimation of quantiles, Bernoulli 28 (2022) 1704-1728; for a single
-look, H. A. David and H. N. Nagaraja, Order Statistics (2003), 7.1.
+Source: S. R. Howard and A. Ramdas, Sequential estimation of quantiles, Bernoulli 28 (2022) 1704-1728.
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -100,36 +98,3 @@ def _interpolated(edges: Sequence[tuple[float, float]], total: float, quantile: 
             return below + (edge - below) * (rank - fewer) / (count - fewer)
         below, fewer = edge, count
     return below
-
-
-def quantile_of_samples(samples: Sequence[float], quantile: float, alpha: float) -> Interval | None:
-    """A quantile between two of the observed values; `None` without samples.
-
-    Args:
-        samples: the observations, without NaN, in any order.
-        quantile: e.g. 0.95.
-        alpha: largest probability, for each bound, ever to be on the wrong side.
-
-    Returns:
-        `low` is 0 and `high` infinite where there are too few samples to say: `high` is finite for the p95 from 88
-        samples on at 5 %.
-
-    Raises:
-        ValueError: a sample is not finite.
-    """
-    if not samples:
-        return None
-    ordered = sorted(samples)
-    if not all(math.isfinite(sample) for sample in ordered):
-        raise ValueError("a sample is no number")
-    total, needed = len(ordered), -math.log(alpha)
-    value = ordered[max(0, math.ceil(quantile * total) - 1)]
-    ranks = range(total + 1)
-    high = bisect_left(ranks, True, key=lambda rank: log_evidence_above(rank, total, quantile) >= needed)
-    # The quantile is at least the sample before which provably too few lie.
-    low = bisect_left(ranks, True, key=lambda fewer: log_evidence_below(fewer, total, quantile) < needed)
-    return Interval(
-        value,
-        min(value, ordered[low - 1]) if low > 0 else 0.0,
-        max(value, ordered[high - 1]) if high <= total else math.inf,
-    )

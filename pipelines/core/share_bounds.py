@@ -116,12 +116,3 @@ def trials_to_show_below(limit: float, alpha: float, share: float = 0.0, *, spre
         middle = (low + high) // 2
         low, high = (low, middle) if shown(middle) else (middle, high)
     return high
-
-
-def trials_for_one_look(quantile: float, confidence: float) -> int:
-    """Trials, all below a limit, that show at a single look that the quantile is below it: 59 for 0.95 and 95 %.
-
-    The largest of n observations is below the quantile with probability `quantile ** n` (S. S. Wilks, Annals of
-    Mathematical Statistics 12 (1941) 91-96).  `trials_to_show_below` gives the number for looking at any time.
-    """
-    return math.ceil(math.log(1 - confidence) / math.log(quantile) - 1e-9)

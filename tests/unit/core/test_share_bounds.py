@@ -12,7 +12,6 @@ from pipelines.core.share_bounds import (
     log_evidence_below,
     lower_bound,
     share_interval,
-    trials_for_one_look,
     trials_to_show_below,
     upper_bound,
 )
@@ -102,8 +101,7 @@ def test_log_evidence_above__numbers_that_cannot_be__are_refused(total: float, t
         log_evidence_above(total, trials, share)
 
 
-def test_trials__for_p95__are_59_at_one_look_and_88_at_any_time() -> None:
-    assert trials_for_one_look(0.95, 0.95) == 59
+def test_trials_to_show_below__for_p95__are_88() -> None:
     assert trials_to_show_below(0.05, 0.05) == 88
 
 
