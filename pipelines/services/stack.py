@@ -408,8 +408,11 @@ def any_free_port() -> int:
 def _upgrade_own_database(settings: Settings) -> None:
     """Bring the ledger's file to this Perch; a server's database waits for `perch db upgrade`."""
     database = Database(settings.ledger_url)
-    if database.file is not None:
-        upgrade(database)
+    try:
+        if database.file is not None:
+            upgrade(database)
+    finally:
+        database.close()
 
 
 def _refuse_missing_tools() -> None:
