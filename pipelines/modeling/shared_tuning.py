@@ -96,13 +96,14 @@ def _run_trial(
     data: TrainingData, params: ModelTrainingParams, study: optuna.Study, *, share: int, title: str, seed: int
 ) -> None:
     trial = _answered(lambda: study.ask(dict(search_space(params))))
-    trial.set_user_attr(_SHARE, share)
+    _answered(lambda: trial.set_user_attr(_SHARE, share))
     values = {name: float(value) for name, value in trial.params.items()}
     tried = with_hyperparameters(params, hyperparameters(params, values)).model_copy(
         update={"epochs": params.trial_epochs}
     )
     history = EpochHistory(tried.patience_epochs)
-    observers: list[pl.Callback] = [TrainingProgress(history, len(data.train), title), Pruning(trial, history)]
+    pruning = Pruning(trial, history, ask=_answered)
+    observers: list[pl.Callback] = [TrainingProgress(history, len(data.train), title), pruning]
     state = "complete"
     try:
         train(data, tried, seed=seed, observers=observers, history=history)

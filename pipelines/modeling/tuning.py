@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -193,16 +193,28 @@ def _restore_study(params: ModelTrainingParams, finished: list[TrialRecord], see
     return study
 
 
-class Pruning(pl.Callback):
-    """Reports each epoch's val/loss, and ends the trial when the pruner says so."""
+def _ask_once(question: Callable[[], Any]) -> Any:
+    return question()
 
-    def __init__(self, trial: optuna.Trial, history: EpochHistory) -> None:
-        self._trial, self._history = trial, history
+
+class Pruning(pl.Callback):
+    """Reports each epoch's val/loss, and ends the trial when the pruner says so.
+
+    Args:
+        trial: whose losses these are.
+        history: of its epochs.
+        ask: puts a question to the study, again where its database may not have answered.
+    """
+
+    def __init__(
+        self, trial: optuna.Trial, history: EpochHistory, ask: Callable[[Callable[[], Any]], Any] = _ask_once
+    ) -> None:
+        self._trial, self._history, self._ask = trial, history, ask
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
         """Tell the pruner what a resumed trial had already measured."""
         for epoch, record in enumerate(self._history.records, start=1):
-            self._trial.report(record[MONITORED], epoch)
+            self._report(record[MONITORED], epoch)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
         """Report, and judge.
@@ -210,9 +222,12 @@ class Pruning(pl.Callback):
         Raises:
             optuna.TrialPruned: the trial is behind the others.
         """
-        self._trial.report(self._history.latest[MONITORED], len(self._history.records))
-        if self._trial.should_prune():
+        self._report(self._history.latest[MONITORED], len(self._history.records))
+        if self._ask(self._trial.should_prune):
             raise optuna.TrialPruned
+
+    def _report(self, loss: float, epoch: int) -> None:
+        self._ask(lambda: self._trial.report(loss, epoch))
 
 
 def read_trials(path: Path) -> list[TrialRecord]:
