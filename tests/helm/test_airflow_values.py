@@ -121,6 +121,19 @@ def test_airflow__its_secrets__are_named_and_not_written_out() -> None:
     assert set(VALUES["data"]) == {"metadataSecretName"}
 
 
+def test_airflow__database_for_trials__is_a_key_that_the_secret_may_lack() -> None:
+    (variable,) = yaml.safe_load(VALUES["extraEnv"])
+    assert variable["name"].removeprefix("PERCH_").lower() in Settings.model_fields
+    reference = variable["valueFrom"]["secretKeyRef"]
+    # The steps' pods take all keys of this Secret, by the same name.
+    assert reference == {
+        "name": SECRETS["PERCH_DATABASE_URL"]["secretName"],
+        "key": variable["name"],
+        "optional": True,
+    }
+    assert reference["name"] in ENVIRONMENT["PERCH_POD_SECRETS"].split()
+
+
 @pytest.mark.parametrize(
     ("words", "started"),
     [
