@@ -1,4 +1,4 @@
-"""What breaks on a cluster while a canary has traffic: the API server, pods; clients notice nothing."""
+"""What breaks on a cluster while a canary has traffic: parts of Kubernetes, pods, the node; clients notice nothing."""
 
 from __future__ import annotations
 
@@ -19,13 +19,17 @@ from tests.integration.release_target_behaviour import IN_FORCE_S, share, wait_u
 pytestmark = [pytest.mark.cluster, pytest.mark.services]
 
 
+PROBED_AGAIN_S = 40.0  # 3 s without requests; how soon it gets there depends on what else the machine does
+ON_THE_NODE = ("kubelet", "containerd")  # the others run beside it
+
+
 @contextmanager
 def killed(cluster: Cluster, program: str) -> Iterator[None]:
     """A part of Kubernetes is killed, and started again as it was when the block ends."""
     process = next(
         known
         for known in psutil.process_iter(["cmdline"])
-        if (known.info["cmdline"] or [])[1:2] == [program] and known.cwd() == str(cluster.run)
+        if program in (known.info["cmdline"] or [])[:2] and known.cwd() == str(cluster.run)
     )
     command, folder, environment = process.cmdline(), process.cwd(), process.environ()
     process.kill()
@@ -34,11 +38,59 @@ def killed(cluster: Cluster, program: str) -> Iterator[None]:
         wait_until(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE, 10)
         yield
     finally:
+        if program in ON_THE_NODE:
+            # In the node's namespaces, where containerd's socket, the pods' mounts and their network are.
+            node = (cluster.run / "pids/nodeinit").read_text().strip()
+            inside = ["nsenter", "--target", node, "--net", "--mount", "--pid"]
+            command = [*inside, "sh", "-c", 'cd "$0" && exec "$@"', folder, *command]
         with (cluster.run / f"log/{program}.again.log").open("ab") as log:
             again = subprocess.Popen(
                 command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
             )
-        (cluster.run / "pids" / program.removeprefix("kube-")).write_text(str(again.pid))
+        if program not in ON_THE_NODE:  # these end with the node
+            (cluster.run / "pids" / program.removeprefix("kube-")).write_text(str(again.pid))
+
+
+@contextmanager
+def drained_node(cluster: Cluster, limit_s: int) -> Iterator[str]:
+    """Drain the node, as far as budgets let that; it takes pods again when the block ends.  Yields what was said."""
+    (node,) = cluster.kubectl("get", "nodes", "--output=name").split()
+    name = node.partition("/")[2]
+    words = ("--ignore-daemonsets", "--delete-emptydir-data", "--force", f"--timeout={limit_s}s")
+    try:
+        done = subprocess.run(
+            ["kubectl", "drain", name, *words],
+            env={**cluster.environment, "KUBECONFIG": str(cluster.kubeconfig)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        yield done.stdout + done.stderr
+    finally:
+        cluster.kubectl("uncordon", name)
+
+
+def keep_one_pod(rig: KubernetesRig, *slots: Slot) -> list[str]:
+    """PodDisruptionBudgets as the chart makes them, for the servers in these slots; their names."""
+    servers = [rig.process_of(slot).rpartition("-")[2] for slot in slots]
+    budgets = [
+        {
+            "apiVersion": "policy/v1",
+            "kind": "PodDisruptionBudget",
+            "metadata": {"name": f"keep-{server}", "namespace": rig.settings.kubernetes_namespace},
+            "spec": {
+                "minAvailable": 1,
+                "selector": {"matchLabels": {"app.kubernetes.io/component": "serving", "perch/server": server}},
+            },
+        }
+        for server in servers
+    ]
+    rig.cluster.apply(budgets)
+    names = [f"poddisruptionbudget/keep-{server}" for server in servers]
+    namespace = f"--namespace={rig.settings.kubernetes_namespace}"
+    # A budget that nobody has counted pods for yet lets none be evicted.
+    wait_until(lambda: all(rig.cluster.read(name, namespace)["status"].get("expectedPods") for name in names))
+    return names
 
 
 def test_api_server__killed_at_half_of_the_traffic__clients_notice_nothing_and_nothing_is_forgotten(
@@ -106,3 +158,86 @@ def test_stable__two_pods_and_one_deleted_under_traffic__no_request_fails(settle
         assert share(traffic.since(0), "1") == 1
     finally:
         settled.cluster.kubectl("scale", "deployment", f"perch-{process}", "--replicas=1", namespace)
+
+
+@pytest.mark.parametrize("program", ON_THE_NODE)
+def test_node__its_agent_killed_at_half_of_the_traffic__pods_go_on_traffic_moves_and_new_pods_start_afterwards(
+    settled: KubernetesRig, program: str
+) -> None:
+    target = settled.target
+    target.route(Routing(50))
+    before, services = target.state(), settled.identities()
+    counted = settled.observe(Slot.CANARY)
+    with settled.traffic() as traffic:
+        traffic.wait_for(50)
+        with killed(settled.cluster, program):
+            assert {exchange.version for exchange in traffic.wait_for(100)} == {"1", "2"}
+            assert settled.observe(Slot.CANARY).requests > counted.requests
+            target.route(Routing())
+            time.sleep(IN_FORCE_S)
+            assert share(traffic.wait_for(50), "1") == 1
+            assert traffic.failed == []
+        again_at = time.monotonic()
+        target.deploy(Slot.STAGING, settled.first)
+        target.wait_ready(Slot.STAGING, 90)
+        took_s = time.monotonic() - again_at
+        target.remove(Slot.STAGING)
+    failed = traffic.failed
+    if program == "kubelet":
+        # It has forgotten what its probes found, and calls every pod of its node not ready until they have been asked
+        # again.  With no other node the Services are empty until then.
+        assert all("no healthy upstream" in exchange.detail for exchange in failed)
+        assert all(exchange.sent_at < again_at + PROBED_AGAIN_S for exchange in failed)
+    else:
+        assert failed == []
+    after = target.state()
+    assert (after.slots, after.ready, after.routing) == (before.slots, before.ready, Routing())
+    assert settled.identities() == services
+    assert settled.observe(Slot.CANARY).crashes == counted.crashes
+    outage_s = failed[-1].ended_at - failed[0].sent_at if failed else 0.0
+    print(
+        f"{program} killed: a new pod was ready {took_s:.1f} s after it was started again; no pod of the node took "
+        f"requests for {outage_s:.1f} s, {len(failed)} failed"
+    )
+
+
+def test_node__drained_at_half_of_the_traffic__budgets_keep_a_pod_each_and_the_route_goes_back(
+    settled: KubernetesRig,
+) -> None:
+    target, namespace = settled.target, f"--namespace={settled.settings.kubernetes_namespace}"
+    slots = (Slot.STABLE, Slot.CANARY)
+    deployments = [f"deployment/perch-{settled.process_of(slot)}" for slot in slots]
+    target.route(Routing(50))
+    settled.cluster.kubectl("scale", *deployments, "--replicas=2", namespace)
+    budgets = []
+    try:
+        for slot in slots:
+            target.wait_ready(slot, 90)
+        budgets = keep_one_pod(settled, *slots)
+        before = settled.observe(Slot.CANARY)
+        time.sleep(3)  # for the gateway to find the second ones healthy
+        with settled.traffic() as traffic:
+            traffic.wait_for(50)
+            with drained_node(settled.cluster, 25) as said:
+                assert "disruption budget" in said
+                left = {slot: settled.pods(settled.process_of(slot)) for slot in slots}
+                assert {slot: sum("nodeName" in pod["spec"] for pod in pods) for slot, pods in left.items()} == {
+                    Slot.STABLE: 1,
+                    Slot.CANARY: 1,
+                }
+                assert target.state().ready == set(slots)
+                assert {exchange.version for exchange in traffic.wait_for(100)} == {"1", "2"}
+                target.route(Routing())
+                time.sleep(IN_FORCE_S)
+                assert share(traffic.wait_for(50), "1") == 1
+                with pytest.raises(TryLater, match="not ready"):
+                    target.wait_ready(Slot.CANARY, 0.5)  # its second pod has no node
+            for slot in slots:
+                target.wait_ready(slot, 90)
+            traffic.wait_for(50)
+        assert traffic.failed == []
+        assert settled.observe(Slot.CANARY).crashes == before.crashes  # somebody asked for it
+    finally:
+        if budgets:
+            settled.cluster.kubectl("delete", *budgets, namespace)
+        settled.cluster.kubectl("scale", *deployments, "--replicas=1", namespace)

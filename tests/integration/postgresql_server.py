@@ -13,11 +13,13 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import psutil
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import OperationalError
 
 from tests.missing_parts import miss
 
+_SERVERS: dict[Path, subprocess.Popen[bytes]] = {}  # by the folder of the socket
 _REMEDY = "scripts/debian-packages.sh installs PostgreSQL"
 
 
@@ -31,24 +33,46 @@ def serve_postgresql() -> Iterator[Path]:
         folder.chmod(0o777)
         run = partial(subprocess.run, check=True, cwd=name, stdout=subprocess.DEVNULL, **account)  # type: ignore[call-overload]
         run([binaries / "initdb", "-D", folder / "data", "-U", "perch", "--auth=trust", "-N"])
-        server = subprocess.Popen(  # type: ignore[call-overload]
-            [binaries / "postgres", "-D", folder / "data", "-k", name, "-c", "listen_addresses=", "-c", "fsync=off"],
-            cwd=name,
-            stderr=subprocess.DEVNULL,
-            **account,
-        )
+        _SERVERS[folder] = _start(folder)
         try:
-            while True:
-                try:
-                    execute(database_url(folder, "postgres"), "SELECT 1")
-                    break
-                except OperationalError:
-                    assert server.poll() is None, "PostgreSQL ended while starting"
-                    time.sleep(0.1)
             yield folder
         finally:
+            server = _SERVERS.pop(folder)
             server.terminate()
             server.wait(30)
+
+
+@contextmanager
+def killed_postgresql(folder: Path) -> Iterator[None]:
+    """The server behind a socket is killed; when the block ends it is started again, and recovers."""
+    server = _SERVERS[folder]
+    backends = psutil.Process(server.pid).children()
+    server.kill()
+    server.wait(30)
+    psutil.wait_procs(backends, timeout=30)  # they end once they notice, and before that no other server starts
+    try:
+        yield
+    finally:
+        _SERVERS[folder] = _start(folder)
+
+
+def _start(folder: Path) -> subprocess.Popen[bytes]:
+    server: subprocess.Popen[bytes] = subprocess.Popen(  # type: ignore[call-overload]
+        [
+            *(_find_binaries() / "postgres", "-D", folder / "data", "-k", folder),
+            *("-c", "listen_addresses=", "-c", "fsync=off"),
+        ],
+        cwd=folder,
+        stderr=subprocess.DEVNULL,
+        **_drop_privileges(),
+    )
+    while True:
+        try:
+            execute(database_url(folder, "postgres"), "SELECT 1")
+            return server
+        except OperationalError:
+            assert server.poll() is None, "PostgreSQL ended while starting"
+            time.sleep(0.1)
 
 
 def database_url(socket_folder: Path, name: str) -> str:
