@@ -56,7 +56,7 @@ def test_demo_faults__of_five_bad_releases__stops_each_by_its_gate_before_a_clie
 
     assert processes_of(home) == []
     assert (home / "ledger.db").read_text() == "somebody's"
-    assert {entry.name for entry in home.iterdir()} == {"faults", "ledger.db"}
+    assert {entry.name for entry in home.iterdir()} == {"faults", "faults.lock", "ledger.db"}
     ledger = Ledger(Settings(home=home / "faults").ledger_url)
     records = ledger.entries()
     assert ledger.verify() == []
