@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from pipelines.cli.printing import print_error
 from pipelines.errors import EXIT_REFUSED, Refusal, TryLater
@@ -20,19 +18,6 @@ from pipelines.settings import Settings
 
 PROJECT = Path(__file__).parents[3]
 Machine = Callable[[str], SharedRun]
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    address = f"http://{host}:{port}"
-    boto3.client(
-        "s3", endpoint_url=address, aws_access_key_id="test", aws_secret_access_key="test", region_name="us-east-1"
-    ).create_bucket(Bucket="shared-runs")
-    yield address
-    server.stop()
 
 
 @pytest.fixture
@@ -52,7 +37,7 @@ def settings_of(
         return Settings(
             project_dir=project,
             home=tmp_path / name,
-            runs_url=f"s3://shared-runs/{request.node.name}",
+            runs_url=f"s3://perch/sharing/{request.node.name}",
             s3_endpoint_url=endpoint,
         )
 
