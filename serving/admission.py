@@ -12,6 +12,20 @@ from contextlib import contextmanager
 from serving.problems import OVERLOADED, Problem
 
 _RETRY_AFTER_S = "1"
+_LONGEST_WAIT = 0.25  # of a request's time, for the model; the rest is for what the load does to this machine
+_FEWEST = 8  # at once, however slow the model is
+
+
+def bound_requests(most: int, *, model_s: float, threads: int, timeout_s: float) -> int:
+    """Requests that a worker should hold at once: as many as allowed, fewer where the last would wait too long.
+
+    Args:
+        most: allowed by the settings.
+        model_s: seconds that the model takes for one image.
+        threads: that ask the model.
+        timeout_s: seconds that a request has.
+    """
+    return min(most, max(_FEWEST, int(_LONGEST_WAIT * timeout_s * threads / model_s)))
 
 
 class Admission:

@@ -1,12 +1,16 @@
-"""uvicorn's HTTP protocol with bounds on what comes before a request reaches the API: the size of a head, and its time.
+"""uvicorn's HTTP protocol with bounds on what comes before a request reaches the API, and on a connection's age.
 
-uvicorn bounds neither: a head that never ends fills the memory, and a client that sends nothing holds its connection
-for ever.  What is refused here is answered as everywhere else, with problem+json.
+uvicorn bounds neither the size of a head nor its time: a head that never ends fills the memory, and a client that
+sends nothing holds its connection for ever.  What is refused here is answered as everywhere else, with problem+json.
+
+A connection stays with the worker that took it.  Without an age, a worker that was started again, or a new pod, gets
+next to nothing of clients that keep theirs open, while the others answer for it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import random
 
 import orjson
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -19,6 +23,7 @@ MAX_HEAD_BYTES = 2**16  # beside one read from the socket, which is parsed befor
 MAX_HEADERS = 128  # trailers among them
 LINGER_S = 5.0  # for the rest of a body that was refused; a close would take the answer along, which is on its way
 LAST_REQUEST_S = 0.5  # at the server's end an idle connection may bring one more request in this time
+AGE_SPREAD = 0.2  # of a connection's greatest age, either way: those that began together shall not end together
 _FRAMING_BYTES = 16  # per byte of a chunked body; the smallest chunk needs 6
 
 _REASONS = {400: "Bad Request", 408: "Request Timeout"}
@@ -34,10 +39,13 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     _head_timer: asyncio.TimerHandle | None = None
     _linger_timer: asyncio.TimerHandle | None = None
     _ends = False  # the next answer is the last
+    _old_at = 0.0  # by the loop's clock
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for the first request."""
         super().connection_made(transport)
+        spread = random.uniform(1 - AGE_SPREAD, 1 + AGE_SPREAD)  # noqa: S311 - no secret
+        self._old_at = self.loop.time() + spread * get_serving_settings().connection_age_s
         self._wait_for_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -78,8 +86,6 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._head_complete = True
         self._cancel_wait()
         super().on_headers_complete()
-        if self._ends and self.cycle is not None:
-            self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
         """Some of the body."""
@@ -87,10 +93,18 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """The whole request is there."""
+        """The whole request is there; where its connection ends, its answer says so.
+
+        Not before: the answer to a request that is refused half-way would be lost with the rest of its body.
+        """
         self._open = False
         self._cancel_linger()
         super().on_message_complete()
+        if not self.cycle.response_started:
+            if self._ends or self.loop.time() >= self._old_at:
+                self.cycle.keep_alive = False
+        elif self._ends and self.cycle.response_complete:
+            self.transport.close()  # refused half-way, and there is no time for another
 
     def on_response_complete(self) -> None:
         """The answer is out; what is still coming of its request is read and thrown away, for a while."""

@@ -19,7 +19,7 @@ import bentoml
 import uvicorn.config
 
 from pipelines.errors import Refusal
-from serving.admission import Admission
+from serving.admission import Admission, bound_requests
 from serving.api import Api
 from serving.arbiter import amend_arbiter
 from serving.authentication import Authenticator
@@ -91,13 +91,16 @@ class PredictionService:
         authenticator = Authenticator.from_settings(settings)
         predictor = Predictor(release.model, threads=settings.model_threads)
         model_s = predictor.warm_up()
+        timeout_s = settings.request_timeout_s
+        threads = math.ceil(len(os.sched_getaffinity(0)) / count_workers(settings))
+        most = bound_requests(settings.max_concurrent, model_s=model_s, threads=threads, timeout_s=timeout_s)
         self._metrics = ServiceMetrics(
             manifest.model,
             manifest.version,
             manifest.onnx_sha256,
             manifest.labels,
             release=settings.release_digest,
-            max_concurrent=settings.max_concurrent,
+            max_concurrent=most,
         )
         self._predictions = PredictionLog(settings, manifest)
         self._predictions.start()
@@ -106,8 +109,8 @@ class PredictionService:
             model_s=model_s,
             max_pixels=settings.max_pixels,
             max_bytes=settings.max_body_bytes,
-            timeout_s=settings.request_timeout_s,
-            threads=math.ceil(len(os.sched_getaffinity(0)) / count_workers(settings)),
+            timeout_s=timeout_s,
+            threads=threads,
             observe=self._metrics.observe_model,
         )
         self._classifier.warm_up()
@@ -117,7 +120,7 @@ class PredictionService:
             release,
             self._classifier,
             explainer=self._explainer,
-            admission=Admission(max_requests=settings.max_concurrent, max_buffered_bytes=settings.max_buffered_bytes),
+            admission=Admission(max_requests=most, max_buffered_bytes=settings.max_buffered_bytes),
             predictions=self._predictions,
             metrics=self._metrics,
             rate_limiter=rate_limiter,

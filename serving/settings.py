@@ -31,9 +31,14 @@ class ServingSettings(ImageLimits):
     request_timeout_s: float = Field(
         10.0, gt=0, description="Seconds for a request to arrive, and again to be answered."
     )
-    # A virtual machine stands still for 0.1 s now and then, and at hundreds of requests a second those who came
-    # meanwhile arrive at once: the bound is for a load that stays too high, and the last one inside waits about 0.2 s.
-    max_concurrent: int = Field(128, gt=0, description="Requests that one worker handles at once; more get 503.")
+    connection_age_s: float = Field(
+        60.0,
+        gt=0,
+        description="Age in seconds, give or take a fifth, at which a connection gets its last answer.",
+    )
+    # A virtual machine stands still for some tenths of a second now and then, and at hundreds of requests a second
+    # those who came meanwhile arrive at once: the bound is for a load that stays too high.
+    max_concurrent: int = Field(256, gt=0, description="Requests that one worker handles at once; more get 503.")
     max_buffered_bytes: int = Field(256 * MIB, gt=0, description="Most bytes of bodies that one worker holds at once.")
     model_threads: int = Field(
         1, gt=0, description="Threads of one call to the model; 1 is best with a worker per core."

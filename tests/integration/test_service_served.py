@@ -200,6 +200,31 @@ def test_worker__killed__comes_back_while_the_other_answers(start: Callable[...,
         assert client.post("/v1/predict", content=image).status_code == 200
 
 
+def test_connection__that_is_old__is_told_that_its_answer_is_the_last(start: Callable[..., Server]) -> None:
+    server = start(CONNECTION_AGE_S=2, MAX_BODY_BYTES=100_000)
+    image, headers = encode(photograph()), {"X-API-Key": server.key}
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    said: list[tuple[int, str | None]] = []
+
+    def ask(body: bytes, **more: str) -> None:
+        connection.request("POST", "/v1/predict", body, headers | more)
+        response = connection.getresponse()
+        response.read()
+        said.append((response.status, response.getheader("connection")))
+
+    connection.connect()
+    began = time.monotonic()
+    ask(image)
+    ask(bytes(2_000_000))  # refused before all of it is there, young or old: a close would take the answer along
+    if (waited_s := time.monotonic() - began) < 1.6:
+        assert said == [(200, None), (413, None)], waited_s
+    time.sleep(2.5)
+    ask(bytes(2_000_000))
+    ask(image)
+    ask(image)  # http.client connects again
+    assert said[2:] == [(413, None), (200, "close"), (200, None)]
+
+
 def test_end__by_sigterm_under_load__answers_all_that_was_taken_and_keeps_it(start: Callable[..., Server]) -> None:
     server = start(WORKERS=2, EXPLAIN_BUDGET_S=1.0)
     image = encode(photograph())
