@@ -39,7 +39,9 @@ class Settings(BaseSettings):
         default_factory=lambda: _find_project() / ".perch", description="Everything Perch writes on this machine."
     )
     mlflow_uri: str = Field("", description="MLflow's tracking server; empty uses a SQLite file in the home.")
-    database_url: str = Field("", description="SQLAlchemy URL of the ledger; empty uses a SQLite file in the home.")
+    database_url: str = Field(
+        "", repr=False, description="SQLAlchemy URL of the ledger; empty uses a SQLite file in the home."
+    )
     airflow_uri: str = Field("", description="Airflow's address, for links; empty leaves the links out.")
     airflow_user: str = Field(
         "", description="Airflow user who reads and gives answers; empty takes those of `passwords.json` in the home."
@@ -51,7 +53,9 @@ class Settings(BaseSettings):
     promotion_policy: Folder | None = Field(
         None, description="YAML file that says who may approve which model; by default anybody but who asked."
     )
-    notice_urls: str = Field("", description="Apprise URLs that get notices, separated by spaces; empty logs them.")
+    notice_urls: str = Field(
+        "", repr=False, description="Apprise URLs that get notices, separated by spaces; empty logs them."
+    )
     retry_delay_s: float = Field(
         15.0, gt=0, description="Seconds before a failed task's second try; doubled each time."
     )
@@ -64,6 +68,7 @@ class Settings(BaseSettings):
     )
     tuning_url: str = Field(
         "",
+        repr=False,
         description="SQLAlchemy URL of a database of its own for tuning trials that run side by side; empty: none do.",
     )
     runner: str = Field(

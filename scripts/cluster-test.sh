@@ -2,7 +2,7 @@
 # The whole loop on a Kubernetes that is started for it and taken down again: images, chart, the training DAG in pods,
 # a release through the canary, a bad model, and the release target's own tests.
 #
-#   cluster-test.sh PYTHON [pytest options]
+#   cluster-test.sh PYTHON [tests, and pytest options; all of tests/cluster without]
 #
 #   PERCH_KUBE_SCRIPTS  folder with build.sh, up.sh and down.sh (default ../shared/kube)
 #   K8S_CACHE           where build.sh keeps what it made (default ~/.cache/perch-kube; 5 to 15 minutes the first time)
@@ -11,7 +11,7 @@
 # Where a part is missing it says which and is skipped, with exit code 0; a part that is there and fails is a failure.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=${1:?usage: cluster-test.sh PYTHON [pytest options]}
+python=${1:?usage: cluster-test.sh PYTHON [tests and pytest options]}
 shift
 kube=${PERCH_KUBE_SCRIPTS:-../shared/kube}
 built=${K8S_CACHE:-$HOME/.cache/perch-kube}
@@ -69,5 +69,5 @@ phase "image of the steps"
 trap 'bash "$kube/down.sh"; rm -rf "$log" "$work"' EXIT
 # All that they need is here: what a test misses now is a fault.  A folder of their own, for pytest keeps only the last three
 # of all that run on a machine.
-CI=true "$python" -m pytest tests/cluster -m cluster --timeout 900 --basetemp "$work/tests" "$@"
+CI=true "$python" -m pytest "${@:-tests/cluster}" -m cluster --timeout 900 --basetemp "$work/tests"
 phase "tests, each phase above"

@@ -86,6 +86,7 @@ class Watchdog:
 
         Raises:
             TryLater: the target does not answer.
+            Exception: whatever else the look at one release failed with, after the looks at the others.
         """
         now = self._monotonic()
         try:
@@ -93,14 +94,20 @@ class Watchdog:
             self._read_at = now
         except TryLater as error:
             self._say_once(str(error))
-        done = []
+        done: list[str] = []
+        failures: list[Exception] = []
         for row in self._rows:
-            state = from_document(row.document)
-            text = self._check_open(row, state) if row.is_open else self._check_closed(row, state)
+            try:
+                state = from_document(row.document)
+                text = self._check_open(row, state) if row.is_open else self._check_closed(row, state)
+            except Exception as failure:  # noqa: BLE001 - of one model, which must not keep the others from a look
+                failures.append(failure)
+                continue
             if text:
+                _log.warning(text)
                 done.append(text)
-        for text in done:
-            _log.warning(text)
+        if failures:
+            raise failures[0]
         return done
 
     def _check_open(self, row: RolloutRow, state: RolloutState) -> str:

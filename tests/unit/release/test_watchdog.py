@@ -244,6 +244,20 @@ class Away:
         raise TryLater("the database does not answer")
 
 
+def test_check__row_of_another_model_that_nobody_can_read__keeps_nothing_from_being_taken_back(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = scene.world().glance.list_current()
+    damaged = replace(rows[0], rollout_id="other-1", model="other", document={"step": "torn"})
+    glance = scene.watchdog._world.glance
+    monkeypatch.setattr(glance, "list_current", lambda: [damaged, *rows])
+    scene.target.behave(2, error_rate=0.1)
+    scene.pass_time()
+    with pytest.raises(ValueError, match="step"):
+        scene.watchdog.check()
+    assert scene.target.state().routing == Routing()
+
+
 def test_check__target_is_away__says_so_and_goes_on_later(scene: Scene) -> None:
     scene.target.is_away = True
     with pytest.raises(TryLater, match="target"):
