@@ -44,7 +44,7 @@ test-unit: env ## The fast tests
 test-slow: env ## The long ones
 	$(BIN)/pytest -m slow
 cluster-test: env ## Train in pods and release on a real Kubernetes that is started for it (root; skipped where it cannot be)
-	@bash scripts/cluster-test.sh $(BIN)/python
+	@bash scripts/cluster-test.sh $(BIN)/python $(CLUSTER_TESTS)
 
 bench: env ## Ingestion, one training epoch, the DAG, and a million predictions, each against its baseline
 	$(BIN)/python benchmarks/ingest.py

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,15 +23,18 @@ from pipelines.services.demo_release import DemoTraffic
 from pipelines.services.orphan_pods import clean_pods
 from pipelines.settings import Settings
 from tests.cluster.conftest import IMAGE, Phases
+from tests.cluster.installed import killed_store
 from tests.cluster.kubernetes_cluster import Cluster
 from tests.cluster.training_rig import LIMITS, ONE_CORE, RELEASING, TRAINING, TrainingRig, training_rig
 from tests.integration.conftest import PROJECT
+from tests.integration.postgresql_server import killed_postgresql
 from tests.missing_parts import miss
 
 PIPELINE_IMAGE = os.environ.get("PERCH_PIPELINE_IMAGE", "")
 PIPELINE_ARCHIVE = os.environ.get("PERCH_PIPELINE_ARCHIVE", "")
 EPOCHS, AS_OF = 12, "2026-11-01"
-IN_PODS, HERE = "in-pods", "on-this-machine"
+IN_PODS, HERE, DISTURBED = "in-pods", "on-this-machine", "disturbed"
+DOWN_S = 10.0
 FORM = {"epochs": EPOCHS, "as_of": AS_OF}
 STEPS = pipeline_steps(Settings(project_dir=PROJECT))
 # What neither the reference model nor a measured speed has a say in.
@@ -171,3 +175,24 @@ def test_release__of_the_next_version__goes_through_the_canary_and_no_request_fa
     events = [record.event for record in Ledger(rig.settings.ledger_url).entries()]
     assert events[-1] == "promoted"
     assert events.count("promoted") == 2
+
+
+def test_run_in_pods__store_and_database_killed_under_it__ends_with_the_same_weights(
+    rig: TrainingRig, in_pods: Workspace, phases: Phases, tmp_path: Path
+) -> None:
+    rig.client().trigger(TRAINING, DISTURBED, {**FORM, "release": LIMITS})
+    rig.wait_for_pod(DISTURBED, "model_training", "Running", limit_s=600)
+    with killed_store(rig.settings.s3_endpoint_url):  # the step is at its start, and reads what was made before it
+        time.sleep(DOWN_S)
+    rig.wait_for_pod(DISTURBED, "model_registration", "Pending", "Running", limit_s=600)
+    with killed_postgresql(rig.postgresql):  # which the version's entry in the ledger goes to
+        time.sleep(DOWN_S)
+    assert rig.wait_for_run(TRAINING, DISTURBED) == "success", rig.explain(TRAINING, DISTURBED)
+    phases.end("the training DAG in pods, store and database killed under it")
+    tasks = rig.client().tasks(TRAINING, DISTURBED)
+    print(f"disturbed: {rig.durations(DISTURBED)}, tries { {name: task.try_number for name, task in tasks.items()} }")
+    assert weights(rig.fetch(DISTURBED, tmp_path)) == weights(in_pods)
+    ledger = Ledger(rig.settings.ledger_url)
+    registered = [record for record in ledger.entries() if record.event == "registered"]
+    assert ledger.verify() == []
+    assert len(registered) == len({record.version for record in registered})
