@@ -83,7 +83,7 @@ class TrainingRig:
             and step in ("", pod["metadata"]["labels"]["perch/step"])
         ]
 
-    def wait_for_pod(self, run_id: str, step: str, *phases: str, limit_s: float = 300) -> dict[str, Any]:
+    def wait_for_pod(self, run_id: str, step: str, *phases: str, limit_s: float = 120) -> dict[str, Any]:
         """The step's pod, once it is in one of these phases."""
         deadline = time.monotonic() + limit_s
         while True:
@@ -93,7 +93,7 @@ class TrainingRig:
             assert time.monotonic() < deadline, f"{step} of {run_id}: {self.explain(TRAINING, run_id)}"
             time.sleep(_PAUSE_S)
 
-    def wait_without_pods(self, run_id: str, limit_s: float = 240) -> float:
+    def wait_without_pods(self, run_id: str, limit_s: float = 90) -> float:
         """Seconds until the run has no pods any more."""
         began = time.monotonic()
         while pods := self.pods(run_id):
@@ -107,13 +107,13 @@ class TrainingRig:
         status, body = self.client().call("PATCH", path, json={"new_state": "failed"})
         assert status == 200, body
 
-    def wait_for_state(self, dag_id: str, run_id: str, task: str, *states: str, limit_s: float = 300) -> None:
+    def wait_for_state(self, dag_id: str, run_id: str, task: str, *states: str, limit_s: float = 120) -> None:
         deadline, client = time.monotonic() + limit_s, self.client()
         while (found := client.tasks(dag_id, run_id)).get(task) is None or found[task].state not in states:
             assert time.monotonic() < deadline, self.explain(dag_id, run_id)
             time.sleep(_PAUSE_S)
 
-    def wait_for_run(self, dag_id: str, run_id: str, limit_s: float = 1200) -> str:
+    def wait_for_run(self, dag_id: str, run_id: str, limit_s: float = 900) -> str:
         """What a DAG run ended as."""
         deadline, client = time.monotonic() + limit_s, self.client()
         while (state := client.dag_run_state(dag_id, run_id)) not in {"success", "failed"}:
@@ -165,7 +165,7 @@ class TrainingRig:
             "PERCH_AIRFLOW_URI": self.ports.airflow_uri,
         }
 
-    def approve(self, version: str, limit_s: float = 300) -> str:
+    def approve(self, version: str, limit_s: float = 120) -> str:
         """Answer for the approver; the id of the DAG run that asked."""
         deadline, seen = time.monotonic() + limit_s, AirflowApprovals(self.client())
         while not (asks := list(seen.open_asks("digits-classification", version))):
