@@ -33,6 +33,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     """One connection."""
 
     _open = False  # a message has begun, and is not complete
+    _just_begun = False  # in what is being parsed, which may hold the end of the message before it
     _head_complete = False
     _raw_bytes = 0  # of the open message, without those that came together with its beginning
     _body_bytes = 0
@@ -56,11 +57,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse what arrived, and refuse a message that is all head and framing."""
-        was_open = self._open
+        self._just_begun = False
         super().data_received(data)
         if not self._open or self.transport.is_closing():
             return
-        if was_open:
+        if not self._just_begun:
             self._raw_bytes += len(data)
             if self._raw_bytes > MAX_HEAD_BYTES + _FRAMING_BYTES * self._body_bytes:
                 detail = f"The request has more than {MAX_HEAD_BYTES:,} bytes beside its body; send fewer headers."
@@ -72,7 +73,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """A head begins."""
         super().on_message_begin()
-        self._open, self._head_complete = True, False
+        self._open, self._just_begun, self._head_complete = True, True, False
         self._raw_bytes = self._body_bytes = 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
