@@ -155,18 +155,13 @@ def downgrade(database: Database, revision: str) -> tuple[Schema, Schema]:
     """
     from alembic import command
 
+    if database.is_missing:  # SQLite would make the file
+        _refuse_unless_below(database, read_schema(database), revision)
     with _migrating(database) as connection:
         before = _read(connection)
         if before.is_newer:
             raise Refusal(_newer(database, before), f"newest known {HEAD}", way_out=_NEWER_WAY_OUT)
-        below = ("base", *REVISIONS[: REVISIONS.index(before.revision)]) if before.revision else ()
-        if revision not in below:
-            raise Refusal(
-                f"the revision {revision}",
-                f"is not below {before}, where {database.shown_url} is",
-                limit=", ".join(below) or "none",
-                way_out="`perch db current` shows where it is",
-            )
+        _refuse_unless_below(database, before, revision)
         command.downgrade(_config(connection), revision)
         return before, _read(connection)
 
@@ -195,6 +190,17 @@ def _read(connection: Connection) -> Schema:
         query = f"SELECT version_num FROM {VERSION_TABLE}"  # noqa: S608
         revision = connection.execute(text(query)).scalar_one_or_none() or ""
     return Schema(revision, frozenset(metadata().tables) & set(there))
+
+
+def _refuse_unless_below(database: Database, present: Schema, revision: str) -> None:
+    below = ("base", *REVISIONS[: REVISIONS.index(present.revision)]) if present.revision else ()
+    if revision not in below:
+        raise Refusal(
+            f"the revision {revision}",
+            f"is not below {present}, where {database.shown_url} is",
+            limit=", ".join(below) or "none",
+            way_out="`perch db current` shows where it is",
+        )
 
 
 def _refuse_other_tables(database: Database, connection: Connection) -> None:

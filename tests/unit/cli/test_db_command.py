@@ -33,6 +33,13 @@ def test_db__from_no_file_to_the_newest_and_back__says_where_it_is(registry_sett
     assert f"is at 0001\nThis Perch needs {HEAD}: `perch db upgrade`." in output
 
 
+def test_downgrade__no_file__is_refused_and_makes_none(registry_settings: Settings) -> None:
+    file = registry_settings.home / "ledger.db"
+    with pytest.raises(Refusal, match="is not below empty"):
+        run("downgrade", "base")
+    assert not file.exists()
+
+
 def test_db__newer_database__is_shown_and_not_touched(registry_settings: Settings) -> None:
     run("upgrade")
     with sqlite3.connect(registry_settings.home / "ledger.db") as connection:
