@@ -66,17 +66,16 @@ class Watchdog:
         self._trouble_since: dict[str, float] = {}
         self._readings: dict[tuple[str, str], StepReading] = {}
         self._unrecorded: dict[str, str] = {}  # why traffic was taken away, until the database takes it
-        self._said = ""
+        self._said: set[str] = set()  # in the look before
+        self._saying: set[str] = set()  # in this one
 
     def run(self, stop: threading.Event, interval_s: float = INTERVAL_S) -> None:
         """Look once per interval until told to stop; no failure of a look ends it."""
         while not stop.wait(interval_s):
             try:
                 self.check()
-            except PerchError as error:
-                self._say_once(str(error))
-            except Exception:  # noqa: BLE001 - a watchdog that dies of a defect protects nobody
-                _log.exception("a look failed")
+            except Exception as failure:  # noqa: BLE001 - a watchdog that dies of a defect protects nobody
+                self._tell(failure)
 
     def check(self) -> list[str]:
         """Look once.
@@ -86,14 +85,16 @@ class Watchdog:
 
         Raises:
             TryLater: the target does not answer.
-            Exception: whatever else the look at one release failed with, after the looks at the others.
+            Exception: whatever else the look at one release failed with, after the looks at the others; where several
+                failed, what the first did, and the others are told.
         """
         now = self._monotonic()
+        self._said, self._saying = self._saying, set()
         try:
             self._rows = self._world.glance.list_current()
             self._read_at = now
         except TryLater as error:
-            self._say_once(str(error))
+            self._tell(error)
         done: list[str] = []
         failures: list[Exception] = []
         for row in self._rows:
@@ -101,12 +102,15 @@ class Watchdog:
                 state = from_document(row.document)
                 text = self._check_open(row, state) if row.is_open else self._check_closed(row, state)
             except Exception as failure:  # noqa: BLE001 - of one model, which must not keep the others from a look
+                failure.add_note(f"in the look at {row.rollout_id}")
                 failures.append(failure)
                 continue
             if text:
                 _log.warning(text)
                 done.append(text)
         if failures:
+            for other in failures[1:]:
+                self._tell(other)
             raise failures[0]
         return done
 
@@ -223,8 +227,12 @@ class Watchdog:
         known = from_document(now.document)
         return (known.step, known.settled, now.is_open) == (state.step, state.settled, row.is_open)
 
-    def _say_once(self, text: str) -> None:
-        """Log a problem when it begins, not every second."""
-        if text != self._said:
-            self._said = text
-            _log.error(text)
+    def _tell(self, failure: Exception) -> None:
+        """Log a failure when it begins, not every second; a defect with where it is."""
+        if isinstance(failure, PerchError):
+            text, defect = str(failure), None
+        else:
+            text, defect = repr(failure), failure
+        if text not in self._said | self._saying:
+            _log.error("%s", text, exc_info=defect)
+        self._saying.add(text)

@@ -258,6 +258,37 @@ def test_check__row_of_another_model_that_nobody_can_read__keeps_nothing_from_be
     assert scene.target.state().routing == Routing()
 
 
+def test_run__rows_of_two_models_that_nobody_can_read__tells_of_both_once(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    row = scene.world().glance.list_current()[0]
+    damaged = [replace(row, rollout_id=name, model=name, document={"step": name}) for name in ("torn", "burnt")]
+    monkeypatch.setattr(scene.watchdog._world.glance, "list_current", lambda: damaged)
+    scene.watchdog.run(Stop(after=3))  # type: ignore[arg-type]
+    assert len(caplog.records) == 2
+    assert all(f"in the look at {name}" in caplog.text for name in ("torn", "burnt"))
+
+
+def test_run__failure_that_comes_again_after_a_good_look__is_told_again(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    for is_away in (True, False, True):
+        scene.target.is_away = is_away
+        scene.watchdog.run(Stop(after=2))  # type: ignore[arg-type]
+    assert [record.levelname for record in caplog.records] == ["ERROR", "ERROR"]
+
+
+class Stop:
+    """Ends a watchdog after some looks."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def wait(self, _interval_s: float) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
 def test_check__target_is_away__says_so_and_goes_on_later(scene: Scene) -> None:
     scene.target.is_away = True
     with pytest.raises(TryLater, match="target"):
