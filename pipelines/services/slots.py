@@ -42,7 +42,7 @@ def run_slots(settings: Settings, ports: LocalPorts = PORTS) -> int:
         Exit status of the supervisor.
 
     Raises:
-        PerchError: the supervisor ended at once, or does not answer.
+        PerchError: the supervisor ended at once, or does not answer, or the services could not be started.
     """
     stack = Stack(settings)
     stack.working_folder.mkdir(parents=True, exist_ok=True)
@@ -59,11 +59,17 @@ def run_slots(settings: Settings, ports: LocalPorts = PORTS) -> int:
 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, pass_on)
-        deadline = time.monotonic() + _START_LIMIT_S
-        while not stack.is_answering():
-            if supervisor.poll() is not None or time.monotonic() > deadline:
-                supervisor.kill()
-                raise PerchError(f"supervisord does not answer\n  what to do: look at {stack.folder}/supervisord.log")
-            time.sleep(0.02)
-        stack.target.resume()
+        try:
+            deadline = time.monotonic() + _START_LIMIT_S
+            while not stack.is_answering():
+                if supervisor.poll() is not None or time.monotonic() > deadline:
+                    supervisor.kill()
+                    raise PerchError(
+                        f"supervisord does not answer\n  what to do: look at {stack.folder}/supervisord.log"
+                    )
+                time.sleep(0.02)
+            stack.target.resume()
+        except BaseException:
+            supervisor.terminate()  # its end is waited for, and without services it would never come
+            raise
         return supervisor.wait()
