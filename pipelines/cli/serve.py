@@ -40,8 +40,8 @@ def serve(
 
 def _refuse_taken(port: int) -> None:
     """What is announced must be ours: a key sent to another program's port is a key given away."""
+    from pipelines.core.free_ports import is_free
     from pipelines.errors import Refusal
-    from pipelines.services.stack import is_free
 
     if not is_free(port):
         raise Refusal(

@@ -21,6 +21,7 @@ from pytorch_lightning.utilities.exceptions import (  # type: ignore[attr-define
 )
 from torch import nn
 
+from pipelines.core.free_ports import any_free_port
 from pipelines.errors import Refusal
 from pipelines.modeling.augmentation import augmentation_for
 from pipelines.modeling.callbacks import EpochCheckpoint, EpochHistory, MovingAverage, find_checkpoint
@@ -29,7 +30,7 @@ from pipelines.modeling.lit_module import ClassifierLitModule, Loss
 from pipelines.modeling.network_factory import build_network
 from pipelines.modeling.optimizers import optimizer_factory
 from pipelines.modeling.preconditions import refuse_missing_cores
-from pipelines.modeling.ranks import EndAtOnce, LocalRanks, Rank, RankJob, free_port, other_ranks
+from pipelines.modeling.ranks import EndAtOnce, LocalRanks, Rank, RankJob, other_ranks
 from pipelines.modeling.training_data import TrainingData
 from pipelines.params import ModelTrainingParams
 
@@ -103,7 +104,7 @@ def train(
             checkpoint=find_checkpoint(resumption.path, resumption.fingerprint) if resumption else None,
             fingerprint=resumption.fingerprint if resumption else None,
             threads=max(1, torch.get_num_threads() // params.devices),
-            rank=Rank(0, params.devices, free_port() if params.devices > 1 else 0),
+            rank=Rank(0, params.devices, any_free_port() if params.devices > 1 else 0),
         )
         with other_ranks(job) if params.devices > 1 else nullcontext():
             network = _fit(job, history, observers, resumption.path if resumption else None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from pipelines.core.free_ports import any_free_port
 from pipelines.errors import EXIT_TRY_LATER, Refusal, TryLater
 from pipelines.release.http_exchange import fetch
 from pipelines.release.slot_metrics import fetch_metrics, read_counts
@@ -42,7 +42,7 @@ class OwnProcess:
         """Start the service; it verifies the release before it loads anything of it."""
         self.remove(slot)
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._port, self._metrics_port = _free_port(), _free_port()
+        self._port, self._metrics_port = any_free_port(), any_free_port()
         own = {
             "RELEASE_DIGEST": release.digest,
             "HOST": _HOST,
@@ -152,10 +152,3 @@ def _end_with_parent() -> None:
     """Have the kernel end the service when this process is killed; SIGTERM, so that it ends its workers, too."""
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((_HOST, 0))
-        port: int = probe.getsockname()[1]
-    return port

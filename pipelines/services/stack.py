@@ -6,7 +6,6 @@ import json
 import os
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from typing import Any
 
 import psutil
 
+from pipelines.core.free_ports import any_free_port, is_free
 from pipelines.core.locking import hold
 from pipelines.core.results import write_json
 from pipelines.errors import PerchError, Refusal, TryLater
@@ -33,7 +33,6 @@ from pipelines.release.local_plan import PROCESSES
 from pipelines.release.local_target import LocalTarget
 from pipelines.release.supervision import supervisor_proxy, supervisor_socket
 from pipelines.services.programs import (
-    HOST,
     SERVICES_OF,
     Ports,
     Program,
@@ -384,25 +383,6 @@ def _choose_local_ports(home: Path, clients: int) -> LocalPorts:
         admin=next(free),
         slots={process: SlotPorts(api=next(free), metrics=next(free)) for process in PROCESSES},
     )
-
-
-def is_free(port: int) -> bool:
-    """Whether a server could listen at a TCP port of the loopback interface."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError:
-            return False
-    return True
-
-
-def any_free_port() -> int:
-    """A TCP port that is free on the loopback interface just now."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def _upgrade_own_database(settings: Settings) -> None:

@@ -1,6 +1,5 @@
 """Batch prediction from an S3-speaking server: a prefix, and a table in it."""
 
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from PIL import Image
 from pipelines.batch_prediction.locations import open_location
 from pipelines.batch_prediction.prediction import Predicted, predict_source
 from pipelines.batch_prediction.rows import ModelIdentity
+from pipelines.core.free_ports import any_free_port
 from pipelines.core.image_limits import ImageLimits
 from pipelines.core.workspace import Workspace
 from pipelines.errors import Refusal
@@ -26,15 +26,9 @@ pytestmark = pytest.mark.services
 IMAGES = 150
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    server = ThreadedMotoServer("127.0.0.1", port := free_port(), verbose=False)
+    server = ThreadedMotoServer("127.0.0.1", port := any_free_port(), verbose=False)
     server.start()
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("AWS_ACCESS_KEY_ID", "test")

@@ -1,7 +1,6 @@
 """The S3 source against a real S3-speaking server process."""
 
 import io
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import pytest
 from PIL import Image
 
 from pipelines.core.contract import InputContract
+from pipelines.core.free_ports import any_free_port
 from pipelines.data.ingestion import Ingested, ingest
 from pipelines.data.shards import read_metadata
 from pipelines.data.sources.opening import open_source
@@ -26,15 +26,9 @@ from pipelines.settings import Settings
 pytestmark = pytest.mark.services
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    address = f"http://127.0.0.1:{free_port()}"
+    address = f"http://127.0.0.1:{any_free_port()}"
     log = (tmp_path_factory.mktemp("moto") / "log").open("wb")
     server = subprocess.Popen(
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", address.rpartition(":")[2]],
@@ -163,7 +157,7 @@ def test_s3_source__nothing_under_the_prefix__is_refused(bucket, read):
 def test_s3_source__no_server__may_be_tried_later(bucket, read, monkeypatch):
     monkeypatch.setenv("PERCH_S3_ATTEMPTS", "1")  # seconds pass between two
     with pytest.raises(TryLater, match="cannot be reached"):
-        read(f"s3://{bucket.name}/scans/", endpoint_url=f"http://127.0.0.1:{free_port()}")
+        read(f"s3://{bucket.name}/scans/", endpoint_url=f"http://127.0.0.1:{any_free_port()}")
 
 
 def test_s3_source__no_credentials__is_refused_with_the_way_out(bucket, read, monkeypatch):

@@ -17,6 +17,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
+from pipelines.core.free_ports import any_free_port
 from pipelines.errors import EXIT_TRY_LATER, Refusal, TryLater
 from pipelines.modeling import preconditions, ranks
 from pipelines.modeling.data_module import BatchSampler
@@ -158,7 +159,7 @@ def test_rank__parent_killed__ends(training_data, tmp_path):
     command = [sys.executable, "-m", "pipelines.modeling.training_rank"]
     process = subprocess.Popen(command, stdin=read, stderr=subprocess.DEVNULL)
     os.close(read)
-    job = ranks.RankJob(training_data, PARAMS, 7, None, None, 1, ranks.Rank(1, 2, ranks.free_port()))
+    job = ranks.RankJob(training_data, PARAMS, 7, None, None, 1, ranks.Rank(1, 2, any_free_port()))
     with os.fdopen(write, "wb") as pipe:
         pickle.dump(job, pipe)
         pipe.flush()

@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pipelines.core.free_ports import any_free_port
+
 # A worker that ends only when it is let go, under a real arbiter with a real listening socket.
 WORKER = """
 import os, pathlib, signal, sys, time
@@ -41,12 +43,6 @@ Arbiter([watcher], controller, pubsub, check_delay=60, sockets=[listener]).start
 """
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def connects(port: int) -> bool:
     try:
         socket.create_connection(("127.0.0.1", port), timeout=1).close()
@@ -59,8 +55,8 @@ def connects(port: int) -> bool:
 def arbiter_over(folder: Path, *, changed: bool) -> Iterator[tuple["subprocess.Popen[bytes]", int]]:
     """An arbiter with one worker, and the port of its socket; checks once a minute unless changed."""
     (folder / "worker.py").write_text(WORKER)
-    port = free_port()
-    places = [f"tcp://127.0.0.1:{free_port()}" for _ in range(2)]
+    port = any_free_port()
+    places = [f"tcp://127.0.0.1:{any_free_port()}" for _ in range(2)]
     arguments = [str(port), str(folder / "worker.py"), str(folder / "marker"), str(changed), *places]
     command = [sys.executable, "-c", ARBITER, *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as arbiter:
