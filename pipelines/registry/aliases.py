@@ -35,15 +35,6 @@ def _move(mlflow: Mlflow, model: str, aliases: Mapping[str, str | None]) -> None
             mlflow.client.set_registered_model_alias(model, alias, version)
 
 
-def read_aliases(settings: Settings, model: str) -> dict[str, str]:
-    """Alias to version; none where the model was never registered.
-
-    Raises:
-        TryLater: MLflow did not answer.
-    """
-    return with_mlflow(settings, lambda mlflow: _read(mlflow, model))
-
-
 def find_alias_contradictions(settings: Settings, candidate_alias: str) -> list[str]:
     """Aliases that point elsewhere than the ledger says, in every model that it knows; one sentence each.
 

@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from pipelines.params import ModelReleaseParams
-from pipelines.registry.aliases import RegistryAliases, find_alias_contradictions, read_aliases
+from pipelines.registry.aliases import RegistryAliases, find_alias_contradictions
 from pipelines.registry.connection import with_mlflow
 from pipelines.registry.ledger import Ledger
 from pipelines.registry.rollout_table import RolloutTable
@@ -30,6 +30,7 @@ from pipelines.release.steps import PROMOTED, ROLLED_BACK, Plan
 from pipelines.release.targets import Routing, Slot
 from pipelines.settings import Settings
 from tests.integration.local_rig import Rig
+from tests.integration.registered_aliases import read_aliases
 from tests.integration.release_target_behaviour import PROJECT
 from tests.integration.rollout_process import build_world
 from tests.integration.test_registry_over_mlflow import Server

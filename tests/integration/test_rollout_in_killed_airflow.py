@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import psutil
 import pytest
 
-from pipelines.registry.aliases import find_alias_contradictions, read_aliases
+from pipelines.registry.aliases import find_alias_contradictions
 from pipelines.registry.ledger import Ledger
 from pipelines.release.local_target import LocalTarget
 from pipelines.release.rollout_state import RolloutState
@@ -21,6 +21,7 @@ from pipelines.release.targets import Routing, Slot, TargetState
 from pipelines.services.rollouts import find_rollout
 from pipelines.services.secrets import ensure_demo_key
 from tests.integration.conftest import FAST, PROJECT, Services, explain_failure, wait_for_dag_run
+from tests.integration.registered_aliases import read_aliases
 from tests.integration.test_release_in_airflow import DAG, perch, served, until, wait_for_ask
 from tests.integration.traffic import Traffic
 

@@ -21,7 +21,6 @@ from pipelines.data.png import encode_png
 from pipelines.data.shards import METADATA_SCHEMA, Manifest, ShardWriter
 from pipelines.errors import Refusal
 from pipelines.params import Params
-from pipelines.registry.aliases import read_aliases
 from pipelines.registry.ledger import Ledger
 from pipelines.registry.registration import register
 from pipelines.registry.staged_version import staged_probes
@@ -34,6 +33,7 @@ from pipelines.services.rollouts import _require_probe_images
 from pipelines.settings import Settings
 from pipelines.stages import deploy_to_staging
 from pipelines.stages.model_packaging import package_version
+from tests.integration.registered_aliases import read_aliases
 
 pytestmark = pytest.mark.services
 
