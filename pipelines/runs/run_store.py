@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -202,6 +203,9 @@ class Lease:
 
     def __init__(self, store: RunStore, holder: str, *, lease_s: float = _LEASE_S) -> None:
         self._store, self._holder, self._lease_s = store, holder, lease_s
+        self._id = secrets.token_hex(
+            8
+        )  # a pod that is started again may have the same name, and its process the number
         self._tag = ""
         self._renewals = 0
 
@@ -222,7 +226,7 @@ class Lease:
             over.set()
             keeper.join()
             with contextlib.suppress(Conflict, TryLater, Refusal):  # it ends by itself
-                self._store.put(self._NAME, self._note(""), replaces=self._tag)
+                self._put_over_own("")
 
     def _take(self, wait_s: float) -> None:
         deadline = time.monotonic() + wait_s
@@ -245,15 +249,29 @@ class Lease:
     def _renew(self, over: threading.Event) -> None:
         while not over.wait(self._lease_s / _LOOKS_PER_LEASE):
             try:
-                self._tag = self._store.put(self._NAME, self._note(self._holder), replaces=self._tag)
+                self._put_over_own(self._holder)
             except Conflict:
                 return  # taken by another; what this holder puts from now on is refused
             except (TryLater, Refusal):
                 continue  # the store may be back before the lease has ended
 
+    def _put_over_own(self, holder: str) -> None:
+        """Put the lease anew in the place of this one's, also where the answer to the time before was lost.
+
+        Raises:
+            Conflict: another one has it.
+        """
+        try:
+            self._tag = self._store.put(self._NAME, self._note(holder), replaces=self._tag)
+        except Conflict:
+            found = self._store.read(self._NAME)
+            if found is None or json.loads(found.content).get("lease") != self._id:
+                raise
+            self._tag = self._store.put(self._NAME, self._note(holder), replaces=found.tag)
+
     def _note(self, holder: str) -> bytes:
         self._renewals += 1  # other bytes each time, and so another tag
-        return json.dumps({"holder": holder, "renewals": self._renewals}).encode()
+        return json.dumps({"holder": holder, "lease": self._id, "renewals": self._renewals}).encode()
 
 
 def keep_in_step(action: Callable[[], None], over: threading.Event, pause_s: float) -> threading.Thread:

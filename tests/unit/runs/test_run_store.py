@@ -127,3 +127,38 @@ def test_lease__taken_by_another_while_held_up__is_not_taken_back(store: RunStor
         found = store.read("lease.json")
         assert found is not None
         assert json.loads(found.content)["holder"] == "pod b"
+
+
+class LosesAnswers:
+    """A store that does what it is told, and of which no answer arrives while the network is away."""
+
+    def __init__(self, store: RunStore) -> None:
+        self._store = store
+        self.is_lost = threading.Event()
+        self.lost = 0
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._store, name)
+
+    def put(self, name: str, content: bytes, *, replaces: str | None) -> str:
+        tag = self._store.put(name, content, replaces=replaces)
+        if self.is_lost.is_set():
+            self.lost += 1
+            raise TryLater("no answer")
+        return tag
+
+
+def test_lease__answer_to_a_renewal_lost__is_renewed_further_and_given_back(
+    store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_store, "_LOOKS_PER_LEASE", 8)
+    losing = LosesAnswers(store)
+    with Lease(losing, "pod a", lease_s=3).held(wait_s=0):  # type: ignore[arg-type]
+        losing.is_lost.set()
+        while not losing.lost:
+            time.sleep(0.05)
+        losing.is_lost.clear()
+        time.sleep(4.2)
+        with pytest.raises(TryLater, match="pod a"):
+            Lease(store, "pod b", lease_s=3)._take(wait_s=0)
+    Lease(store, "pod b", lease_s=3)._take(wait_s=0)
