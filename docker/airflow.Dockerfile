@@ -31,6 +31,7 @@ RUN ln -s /opt/perch/lib/python3.11/site-packages/pipelines /opt/perch/project/p
     && mkdir -p /var/lib/perch && chown 10001:10001 /var/lib/perch
 USER 10001:10001
 WORKDIR /var/lib/perch
+# Airflow does not start as a user whom nothing names, and no file has a name of this one.
 ENV PATH=/opt/perch/bin:/usr/local/bin:/usr/bin:/bin \
     HOME=/var/lib/perch \
     PYTHONUNBUFFERED=1 \
@@ -41,6 +42,7 @@ ENV PATH=/opt/perch/bin:/usr/local/bin:/usr/bin:/bin \
     AIRFLOW__CORE__LOAD_EXAMPLES=False \
     PERCH_HOME=/var/lib/perch \
     PERCH_PROJECT_DIR=/opt/perch/project \
+    USER=perch \
     PERCH_GIT_SHA=${GIT_SHA}
 VOLUME ["/var/lib/perch", "/tmp"]
 ENTRYPOINT ["airflow-entrypoint.sh"]

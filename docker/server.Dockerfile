@@ -46,6 +46,8 @@ RUN ln -s /opt/perch/lib/python3.11/site-packages/pipelines /opt/perch/project/p
     && chown -R 10001:10001 /var/lib/perch /etc/perch
 USER 10001:10001
 WORKDIR /var/lib/perch
+# No file has a name of this user, which Airflow and DVC ask for, and Docker makes up none; and DVC keeps its locks in
+# /var/tmp, which cannot be written where the root file system is read-only.
 ENV PATH=/opt/perch/bin:/usr/local/bin:/usr/bin:/bin \
     HOME=/var/lib/perch \
     PYTHONUNBUFFERED=1 \
@@ -56,5 +58,7 @@ ENV PATH=/opt/perch/bin:/usr/local/bin:/usr/bin:/bin \
     AIRFLOW__CORE__LOAD_EXAMPLES=False \
     PERCH_HOME=/var/lib/perch \
     PERCH_PROJECT_DIR=/opt/perch/project \
+    USER=perch \
+    DVC_SITE_CACHE_DIR=/var/lib/perch/dvc-site \
     PERCH_GIT_SHA=${GIT_SHA}
 ENTRYPOINT ["airflow-entrypoint.sh"]

@@ -233,6 +233,22 @@ def test_volumes__of_the_own_image__have_a_folder_of_its_user_there() -> None:
     assert {SERVICES[name]["user"] for name in OWN} == {"10001:10001"}
 
 
+def variables_of(image: str) -> dict[str, str]:
+    (block,) = re.findall(r"^ENV ((?:.*\\\n)*.*)$", (FOLDER / f"{image}.Dockerfile").read_text(), re.MULTILINE)
+    return dict(variable.split("=", 1) for variable in block.replace("\\\n", " ").split())
+
+
+def test_image__its_variables__are_those_of_the_steps_and_of_airflows_image() -> None:
+    assert variables_of("pipeline").items() <= variables_of("server").items()
+    assert variables_of("airflow").items() <= variables_of("server").items()
+
+
+@pytest.mark.parametrize("image", ["airflow", "server"])
+def test_image_of_airflow__its_user__has_a_name_though_no_file_has_it(image: str) -> None:
+    """Airflow asks for it and ends without; podman writes one into the container, Docker and Kubernetes do not."""
+    assert variables_of(image)["USER"]
+
+
 def test_secrets_on_disk__each__are_seen_by_who_needs_them_alone() -> None:
     seen = {
         volume: {name for name in SERVICES for mount in mounts(name).values() if mount["source"] == volume}
