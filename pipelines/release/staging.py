@@ -56,6 +56,7 @@ class SharedSlot:
     def __init__(self, target: ReleaseTarget, limit_s: float) -> None:
         self._target, self._limit_s = target, limit_s
         self._own: ReleaseRef | None = None
+        self._is_there = False  # its own, unless another run has taken it away
 
     def deploy(self, slot: Slot, release: ReleaseRef) -> None:
         """Put the release into the slot, once no other is in it."""
@@ -64,6 +65,7 @@ class SharedSlot:
             time.sleep(_LOOK_AGAIN_S)
         self._own = release
         self._target.deploy(slot, release)
+        self._is_there = True
 
     def wait_ready(self, slot: Slot, timeout_s: float) -> None:
         """Wait until it takes requests, and until it is known what it counts.
@@ -89,15 +91,15 @@ class SharedSlot:
         """End it.
 
         Raises:
-            TryLater: another run has put its own release there, so that what was found says nothing.
+            TryLater: another run has put its own release there, and may have removed it since, so that what was found
+                says nothing.
         """
         held = self._held(slot)
-        if held is not None and held != self._own:
-            raise TryLater(
-                f"the slot {slot}: another run has put {held.model} v{held.version} there meanwhile\n"
-                "  what to do: try again"
-            )
+        if held not in {None, self._own} or (held is None and self._is_there):
+            what = f"put {held.model} v{held.version} there" if held else "emptied it"
+            raise TryLater(f"the slot {slot}: another run has {what} meanwhile\n  what to do: try again")
         self._target.remove(slot)
+        self._is_there = False
 
     def slot_url(self, slot: Slot) -> str:
         """Its own address."""

@@ -166,6 +166,22 @@ def test_shared_slot__another_run_in_it__is_waited_for_then_taken_for_left_over_
     assert Slot.STAGING not in target.state().slots
 
 
+def test_shared_slot__another_run_has_come_and_gone_meanwhile__is_to_be_tried_later_and_no_verdict(
+    expected: Expected,
+) -> None:
+    target = SimulatedTarget(Clock())
+    first, second = SharedSlot(target, 0), SharedSlot(target, 0)
+
+    def deploy(slot: Slot, release: ReleaseRef) -> None:
+        SharedSlot.deploy(first, slot, release)
+        second.deploy(slot, replace(RELEASE, version="4", digest="44" * 32))
+        second.remove(slot)
+
+    first.deploy = deploy  # type: ignore[method-assign]
+    with pytest.raises(TryLater, match="another run has emptied it meanwhile"):
+        stage_release(first, RELEASE, expected, open_key=partial(nullcontext, "key"), ready_timeout_s=1)
+
+
 def test_shared_slot__nobody_knows_what_the_service_counts__is_to_be_tried_later_and_no_verdict(
     expected: Expected, monkeypatch: pytest.MonkeyPatch
 ) -> None:
