@@ -393,12 +393,13 @@ def look(world: World, state: RolloutState) -> tuple[RolloutState, StepReading]:
     Returns:
         The state with what was seen, and what the gates say.
     """
-    window = observe_window(world.target, state.baseline)
+    window, baseline = observe_window(world.target, state.baseline)
     now = world.clock()
     passed_s = min(max(now - state.seen_at, 0.0), state.plan.params.abandoned_after_s)
     reading = _read_gates(world, state, window)
     blind_s = state.blind_s + passed_s if window.canary is None else 0.0
-    seen = replace(state, seen_at=now, elapsed_s=state.elapsed_s + passed_s, blind_s=blind_s, reading=reading)
+    elapsed_s = state.elapsed_s + passed_s
+    seen = replace(state, seen_at=now, elapsed_s=elapsed_s, blind_s=blind_s, baseline=baseline, reading=reading)
     return seen, reading
 
 

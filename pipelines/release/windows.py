@@ -25,13 +25,32 @@ class Window:
     stable: SlotCounters | None
 
 
-def observe_window(target: ReleaseTarget, baseline: Baseline) -> Window:
-    """Ask both slots for what they counted since a step began."""
+def observe_window(target: ReleaseTarget, baseline: Baseline) -> tuple[Window, Baseline]:
+    """Ask both slots for what they counted since a step began.
+
+    Counts that fall without a new start are a memory that ends: on a cluster, the counts of a pod that ended hours ago
+    are forgotten.  What is left began before the step, so that the slot's window begins anew; and so does that of a
+    stable slot that could not be asked when the step began, or all that it ever counted would be taken for the step's.
+
+    Returns:
+        The window, and the baseline for the next look.
+    """
     canary, stable = target.observe(Slot.CANARY), target.observe(Slot.STABLE)
-    return Window(
+    baseline = Baseline(
+        _unless_forgotten(baseline.canary, canary), _unless_forgotten(baseline.stable or stable, stable)
+    )
+    window = Window(
         difference(canary, baseline.canary, restart_is_crash=True) if canary else None,
         difference(stable, baseline.stable, restart_is_crash=False) if stable else None,
     )
+    return window, baseline
+
+
+def _unless_forgotten(then: SlotCounters | None, now: SlotCounters | None) -> SlotCounters | None:
+    if then is None or now is None or now.started_at != then.started_at:
+        return then
+    has_fallen = now.requests < then.requests or now.probes.requests < then.probes.requests
+    return replace(now, crashes=min(now.crashes, then.crashes)) if has_fallen else then
 
 
 def observe_baseline(target: ReleaseTarget, *, canary_runs: bool) -> Baseline:
@@ -57,8 +76,7 @@ def difference(now: SlotCounters, then: SlotCounters | None, *, restart_is_crash
     """
     if then is None:
         return now
-    is_anew = now.requests < then.requests or now.probes.requests < then.probes.requests
-    if now.started_at != then.started_at or is_anew:
+    if now.started_at != then.started_at:
         crashes = max(now.crashes - then.crashes, 1 if restart_is_crash else 0)
         return replace(now, crashes=crashes)
     return replace(

@@ -10,10 +10,10 @@ import pytest
 from pipelines.core.canary_observations import MirrorWindow
 from pipelines.params import ModelReleaseParams
 from pipelines.release.gates import Gates, forecast, limits_of
-from pipelines.release.rollout_state import RolloutState, StepReading, from_document
+from pipelines.release.rollout_state import Baseline, RolloutState, StepReading, from_document
 from pipelines.release.steps import SHADOW, Phase, Plan, Step
-from pipelines.release.targets import ProbeCounters, SlotCounters
-from pipelines.release.windows import Window, difference
+from pipelines.release.targets import ProbeCounters, Slot, SlotCounters
+from pipelines.release.windows import Window, difference, observe_window
 from tests.unit.release.simulated_release import EPOCH, release
 
 PLAN = Plan(ModelReleaseParams())
@@ -139,6 +139,35 @@ def test_difference__service_was_started_anew__counts_from_zero_and_as_a_crash_o
     now, then = counters(30, started_at=9.0), counters(200)
     found = difference(now, then, restart_is_crash=is_canary)
     assert (found.requests, found.crashes) == (30, crashes)
+
+
+def test_window__pod_that_ended_long_ago_is_forgotten__begins_anew_and_is_no_crash() -> None:
+    target = Observed(counters(150), counters(90_000, errors=900))
+    window, baseline = observe_window(target, Baseline(counters(100), counters(90_500, errors=905)))  # type: ignore[arg-type]
+    assert (window.canary.requests, window.canary.crashes, window.stable.requests) == (50, 0, 0)
+    assert baseline == Baseline(counters(100), counters(90_000, errors=900))
+    target = Observed(counters(80, crashes=1), counters(90_100, errors=901))
+    window, baseline = observe_window(target, baseline)  # type: ignore[arg-type]
+    assert (window.canary.requests, window.canary.crashes) == (0, 1)
+    assert (window.stable.requests, window.stable.errors) == (100, 1)
+    assert baseline.canary == counters(80)
+
+
+def test_window__stable_slot_that_could_not_be_asked_when_the_step_began__counts_from_the_first_answer_on() -> None:
+    window, baseline = observe_window(Observed(counters(150), counters(90_000)), Baseline(counters(100)))  # type: ignore[arg-type]
+    assert window.stable.requests == 0
+    window, _ = observe_window(Observed(counters(160), counters(90_080)), baseline)  # type: ignore[arg-type]
+    assert (window.canary.requests, window.stable.requests) == (60, 80)
+
+
+class Observed:
+    """A target that only counts."""
+
+    def __init__(self, canary: SlotCounters, stable: SlotCounters) -> None:
+        self._counters = {Slot.CANARY: canary, Slot.STABLE: stable}
+
+    def observe(self, slot: Slot) -> SlotCounters:
+        return self._counters[slot]
 
 
 # The prober's requests
