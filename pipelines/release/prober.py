@@ -110,7 +110,11 @@ class Prober:
         clients = self._clients.measure(self._world.target, state)
         rate = 0.0 if clients is None else wanted_probes_per_s(state, clients)
         if rate > 0 or self._session is not None:
-            sender = self._require_session(state).sender
+            session = self._require_session(state)
+            sender = session.sender
+            if sender.trouble and not session.is_trouble_told:
+                session.is_trouble_told = True
+                _log.warning("probes get no answer: %s", sender.trouble)
             if sender.is_refused:
                 self._not_before = self._clock() + _RETRY_S
                 raise Refusal("the prober's API key", "is not taken by the services", way_out=_KEY_ADVICE)
@@ -209,6 +213,7 @@ class _Session:
         open_key: Callable[[], AbstractContextManager[str]],
     ) -> None:
         self.rollout_id, self.began = rollout_id, began
+        self.is_trouble_told = False
         with contextlib.ExitStack() as opened:
             key = opened.enter_context(open_key())
             # Another order for each release, the same whenever it begins anew.
@@ -230,6 +235,7 @@ class ProbeSender:
     Attributes:
         is_refused: whether a service does not take the key; nothing more is sent then, as it would count as a
             client's error.
+        trouble: why a probe got no answer at all; empty while each gets one.
 
     Args:
         url: the clients' door.
@@ -249,6 +255,7 @@ class ProbeSender:
         self._lock, self._ended = threading.Lock(), threading.Event()
         self._rate, self._until = 0.0, 0.0
         self.is_refused = False
+        self.trouble = ""
         self._next = time.monotonic() + begin_after_s
         self._threads = [threading.Thread(target=self._send, daemon=True, name="probe") for _ in range(_SENDERS)]
 
@@ -282,7 +289,8 @@ class ProbeSender:
                 response.read()
                 # What else it says, the slot has counted.
                 self.is_refused |= response.status in (http.client.UNAUTHORIZED, http.client.FORBIDDEN)
-            except (OSError, http.client.HTTPException):
+            except (OSError, http.client.HTTPException) as error:
+                self.trouble = f"{self._door.geturl()}: {error!r}"
                 connection.close()
         connection.close()
 

@@ -310,6 +310,25 @@ def test_prober__no_key_to_be_had__fetches_the_images_once_a_minute(probing: Pro
     assert len(fetched) == 1
 
 
+def test_prober__nobody_at_the_clients_door__is_told_once(
+    probing: Probing, server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    door = server.url.replace("127.0.0.1", "127.0.0.2")
+    probing.simulation.target.client_url = lambda: door
+    probing.simulation.answer()
+    probing.advance()
+    probing.look()
+    probing.look()
+    deadline = time.monotonic() + 30
+    while not probing.prober._session.sender.trouble:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    for _ in range(3):
+        probing.look()
+    (told,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert told.startswith(f"probes get no answer: {door}: ConnectionRefusedError")
+
+
 def test_prober__services_that_do_not_take_its_key__stops(probing: Probing, server: Server) -> None:
     server.status = 401
     probing.simulation.answer()
