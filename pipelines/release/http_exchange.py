@@ -4,14 +4,34 @@ from __future__ import annotations
 
 import http.client
 from collections.abc import Mapping
+from dataclasses import dataclass
+from email.message import Message
 from urllib.parse import urlencode, urlsplit
 
 _KINDS = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
 _FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 
 
+@dataclass(frozen=True)
+class Answer:
+    """An answer with status 200.
+
+    Attributes:
+        body: whole.
+        headers: their names in any case.
+    """
+
+    body: bytes
+    headers: Message
+
+
 def fetch(url: str, timeout_s: float, *, form: Mapping[str, str] | None = None) -> bytes:
-    """The body of an answer to a GET, or to a POST of a form; redirects are not followed.
+    """The body alone of what `exchange` gets."""
+    return exchange(url, timeout_s, form=form).body
+
+
+def exchange(url: str, timeout_s: float, *, form: Mapping[str, str] | None = None) -> Answer:
+    """The answer to a GET, or to a POST of a form; redirects are not followed.
 
     Args:
         url: http or https.
@@ -33,11 +53,11 @@ def fetch(url: str, timeout_s: float, *, form: Mapping[str, str] | None = None) 
             else:
                 connection.request("POST", target, urlencode(form), _FORM)
             response = connection.getresponse()
-            body: bytes = response.read()
+            answer = Answer(response.read(), response.headers)
         finally:
             connection.close()
         if response.status != http.client.OK:
             raise ValueError(f"status {response.status}")
     except (http.client.HTTPException, ValueError) as error:
         raise OSError(f"{url.rpartition('@')[2]}: {error!r}") from error  # without a password
-    return body
+    return answer

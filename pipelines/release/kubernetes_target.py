@@ -8,15 +8,14 @@ finishes the work.  Dividing traffic needs the API server and the gateway alone.
 
 from __future__ import annotations
 
-import http.client
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 from pipelines.errors import Refusal, TryLater
 from pipelines.release import kubernetes_pods as pods_of
+from pipelines.release.http_exchange import exchange
 from pipelines.release.kubernetes_api import CORE, DEPLOYMENTS, ROUTES, ClusterApi, Conflict
 from pipelines.release.kubernetes_route import (
     RouteRecord,
@@ -322,24 +321,30 @@ class KubernetesTarget:
         return self._api.list_pods(f"app.kubernetes.io/instance={self._release},app.kubernetes.io/component=serving")
 
     def _service_url(self, process: str) -> str:
-        spec = self._api.get(CORE, "services", object_name(self._release, process))["spec"]
-        port = next(known["port"] for known in spec["ports"] if known.get("name") == "http")
-        return f"http://{spec['clusterIP']}:{port}"
+        return service_url(self._api.get(CORE, "services", object_name(self._release, process)))
 
     def _answers(self, deployment: Deployment) -> bool:
         """Whether the Service leads to a pod that takes requests and serves the release."""
-        address = urlsplit(self._service_url(deployment.process)).netloc
-        connection = http.client.HTTPConnection(address, timeout=_ASK_LIMIT_S)
         try:
-            connection.request("GET", "/readyz")
-            response = connection.getresponse()
-            response.read()
-        except (OSError, http.client.HTTPException):
+            answer = exchange(f"{self._service_url(deployment.process)}/readyz", _ASK_LIMIT_S)
+        except OSError:
             return False
-        finally:
-            connection.close()
-        is_it = response.headers.get(_VERSION_HEADER) == deployment.release.version
-        return response.status == http.client.OK and is_it
+        return answer.headers.get(_VERSION_HEADER) == deployment.release.version
+
+
+def service_url(service: Mapping[str, Any]) -> str:
+    """The address of a Service's port for requests, which holds inside the cluster.
+
+    Raises:
+        TryLater: it has none any more.
+    """
+    spec = service["spec"]
+    port = next((known["port"] for known in spec.get("ports") or () if known.get("name") == "http"), None)
+    if port is None:
+        name = service["metadata"]["name"]
+        raise TryLater(f"the Service {name} has no port named http\n  what to do: `helm upgrade` puts it back")
+    address = spec["clusterIP"]
+    return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
 
 
 def _deployment_document(live: Mapping[str, Any], release: ReleaseRef | None) -> dict[str, Any] | None:

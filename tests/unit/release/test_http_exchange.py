@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from pipelines.release.http_exchange import fetch
+from pipelines.release.http_exchange import exchange, fetch
 from pipelines.services.stack import any_free_port
 
 
@@ -44,6 +44,8 @@ def url() -> Iterator[str]:
 
 def test_fetch__path_and_query__are_asked_for(url: str) -> None:
     assert fetch(f"{url}/there?format=json", 3) == b"/there?format=json"
+    answer = exchange(f"{url}/there", 3)
+    assert (answer.body, answer.headers.get("content-length")) == (b"/there", "6")
 
 
 def test_fetch__a_form__is_posted(url: str) -> None:
