@@ -203,9 +203,8 @@ class Lease:
 
     def __init__(self, store: RunStore, holder: str, *, lease_s: float = _LEASE_S) -> None:
         self._store, self._holder, self._lease_s = store, holder, lease_s
-        self._id = secrets.token_hex(
-            8
-        )  # a pod that is started again may have the same name, and its process the number
+        # A pod that is started again may have the same name, and its process the same number.
+        self._id = secrets.token_hex(8)
         self._tag = ""
         self._renewals = 0
 
