@@ -292,6 +292,16 @@ def test_dependencies__of_each_service__exist_and_can_be_waited_for() -> None:
             assert service["depends_on"][mode.removeprefix("service:")]["restart"] is True
 
 
+def test_scheduler__after_a_start_of_the_machine__waits_for_the_api_itself() -> None:
+    """Docker starts containers again all at once; `depends_on` is heeded by `docker compose` alone."""
+    shell, flag, script = SERVICES["airflow-scheduler"]["command"]
+    assert (shell, flag) == ("sh", "-c")
+    waits, runs = script.split("\ndone\n")
+    assert "until python" in waits
+    assert f"{environment('airflow-scheduler')['AIRFLOW__CORE__EXECUTION_API_SERVER_URL']}health" in waits
+    assert runs.strip() == "exec airflow scheduler"
+
+
 def test_traffic__its_parts__share_a_loopback_interface_and_the_local_targets_folders() -> None:
     parts = {name for name in SERVICES if SERVICES[name].get("network_mode") == "service:loopback"}
     assert parts == {"slots", "envoy", "watchdog", "airflow-scheduler", "prometheus"}
