@@ -266,7 +266,7 @@ class SharedRun:
         """What steps left in the workspace, but for what DVC keeps and what is this machine's own."""
         root = self.workspace.root
         stages = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"].values()
-        left_out = {*_FIXED, "checkpoints", *(out for stage in stages for out in stage["outs"])}
+        left_out = {*_FIXED, "checkpoints", *(out for stage in stages for out in _find_kept_by_dvc(stage))}
 
         def goes_along(path: Path) -> bool:
             return path.as_posix() not in left_out and not path.name.startswith(".")  # locks and drafts stay here
@@ -317,6 +317,14 @@ class SharedRun:
                 f"`dvc {' '.join(words)}` ended with exit code {error.returncode}; the log above says why\n"
                 "  what to do: look whether the object store answers, then try again; nothing is lost"
             ) from None
+
+
+def _find_kept_by_dvc(stage: Mapping[str, Any]) -> Iterator[str]:
+    """A stage's outputs that DVC puts into its cache and its remote; one may stand alone or with options."""
+    for out in stage.get("outs", ()):
+        ((path, options),) = out.items() if isinstance(out, dict) else [(out, {})]
+        if options.get("cache", True):
+            yield path
 
 
 @contextmanager

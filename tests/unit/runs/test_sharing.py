@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from pipelines.cli.printing import print_error
 from pipelines.errors import EXIT_REFUSED, Refusal, TryLater
@@ -85,6 +86,21 @@ def test_fetch_for_reading__a_step_was_here_meanwhile__trusts_nothing_of_it(
     left.touch()  # by a step that was killed
     reader.fetch_for_reading()
     assert not left.exists()
+
+
+def test_share__stages_of_ones_own__hands_on_what_dvc_does_not_keep(opened: SharedRun, machine: Machine) -> None:
+    root = opened.workspace.root
+    tree = yaml.safe_load((root / "dvc.yaml").read_text())
+    tree["stages"]["told"] = {"cmd": "true", "metrics": [{"results/told.json": {"cache": False}}]}
+    tree["stages"]["drawn"] = {"cmd": "true", "outs": [{"plot.svg": {"cache": False}}, {"large": {"persist": True}}]}
+    (root / "dvc.yaml").write_text(yaml.safe_dump(tree))
+    for name in ("plot.svg", "large"):
+        (root / name).touch()
+    opened.share("drawn", outputs=False)
+    there = machine("b")
+    there.fetch()
+    assert (there.workspace.root / "plot.svg").is_file()
+    assert not (there.workspace.root / "large").exists()
 
 
 def test_fetch__run_of_that_name_opened_here_and_never_begun__gives_way_to_the_shared_one(
