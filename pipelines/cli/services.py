@@ -73,9 +73,12 @@ def status() -> None:
     for program, state in states.items():
         table.add_row(program, f"[{'green' if state == 'RUNNING' else 'red'}]{state}")
     console.print(table)
-    ports = stack.ports()
-    console.print(f"MLflow   {ports.mlflow_uri}\nAirflow  {ports.airflow_uri}")
-    console.print(f"Serving  {ports.serving_uri}  {describe_live(stack)}")
+    if stack.has_slots_alone:
+        console.print(f"Serving  {describe_live(stack)}\nwhat else runs, `docker compose ps` says")
+    else:
+        ports = stack.ports()
+        console.print(f"MLflow   {ports.mlflow_uri}\nAirflow  {ports.airflow_uri}")
+        console.print(f"Serving  {ports.serving_uri}  {describe_live(stack)}")
     console.print(f"memory   {stack.memory_bytes() / 1e9:.1f} GB")
     if any(state != "RUNNING" for state in states.values()):
         raise typer.Exit(1)

@@ -51,6 +51,7 @@ from pipelines.settings import Settings
 PREFERRED_PORTS = Ports(mlflow=5001, airflow=8080, serving=3000)
 _START_LIMIT_S = 240.0
 _STOP_LIMIT_S = 30.0
+_PORTS = "ports.json"
 
 Report = Callable[[str], None]
 
@@ -117,7 +118,7 @@ class Stack:
         self.working_folder.mkdir(parents=True, exist_ok=True)
         ensure_passwords(self.settings)
         ensure_demo_key(self.settings)
-        write_json(self.folder / "ports.json", asdict(ports))
+        write_json(self.folder / _PORTS, asdict(ports))
         self.target.lay_out(_choose_local_ports(self.settings.home, ports.serving))
         serving = [
             envoy_program(self.settings, ports),
@@ -199,9 +200,14 @@ class Stack:
             if info["start"] and not (info["name"] in PROCESSES and info["statename"] == "STOPPED")
         }
 
+    @property
+    def has_slots_alone(self) -> bool:
+        """Whether the services of the slots run without the others: `perch slots`, and no `perch up` of this home."""
+        return not (self.folder / _PORTS).is_file()
+
     def ports(self) -> Ports:
         """The ports chosen by the last `up`."""
-        return Ports(**json.loads((self.folder / "ports.json").read_text(encoding="utf-8")))
+        return Ports(**json.loads((self.folder / _PORTS).read_text(encoding="utf-8")))
 
     def log_tail(self, program: str, lines: int = 15) -> str:
         """The last lines of a program's log."""

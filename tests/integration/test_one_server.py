@@ -276,6 +276,13 @@ def test_slots_and_envoy__as_compose_starts_them__serve_a_release_and_again_afte
                 target.wait_ready(Slot.STABLE, READY_LIMIT_S)
                 target.route(Routing())
                 assert client.get("/v1/model").json()["version"] == "1"
+                status = [sys.executable, "-m", "pipelines", "status"]
+                said = subprocess.run(
+                    status, capture_output=True, text=True, env={**os.environ, "PERCH_HOME": str(settings.home)}
+                )
+                assert said.returncode == 0, said.stderr
+                assert "serving-a  RUNNING" in said.stdout
+                assert "v1 is live" in said.stdout
                 with pytest.raises(httpx.ConnectError):
                     httpx.get(f"http://127.0.0.2:{ports.admin}/ready")
         assert not services_of(settings.home), "the supervisor left processes behind"
