@@ -28,17 +28,19 @@ class Window:
 def observe_window(target: ReleaseTarget, baseline: Baseline) -> tuple[Window, Baseline]:
     """Ask both slots for what they counted since a step began.
 
-    Counts that fall without a new start are a memory that ends: on a cluster, the counts of a pod that ended hours ago
-    are forgotten.  What is left began before the step, so that the slot's window begins anew; and so does that of a
-    stable slot that could not be asked when the step began, or all that it ever counted would be taken for the step's.
+    The window of both begins anew where what a slot counted before the step cannot be told from what it counted in it:
+    stable could not be asked when the step began; or its counts, or the canary's, fall without a new start, which is a
+    memory that ends: on a cluster, the counts of a pod that ended hours ago are forgotten.
 
     Returns:
         The window, and the baseline for the next look.
     """
     canary, stable = target.observe(Slot.CANARY), target.observe(Slot.STABLE)
-    baseline = Baseline(
-        _unless_forgotten(baseline.canary, canary), _unless_forgotten(baseline.stable or stable, stable)
-    )
+    if canary and (
+        _has_forgotten(canary, baseline.canary)
+        or (stable and (baseline.stable is None or _has_forgotten(stable, baseline.stable)))
+    ):
+        baseline = Baseline(_anew(canary, baseline.canary), stable)
     window = Window(
         difference(canary, baseline.canary, restart_is_crash=True) if canary else None,
         difference(stable, baseline.stable, restart_is_crash=False) if stable else None,
@@ -46,11 +48,17 @@ def observe_window(target: ReleaseTarget, baseline: Baseline) -> tuple[Window, B
     return window, baseline
 
 
-def _unless_forgotten(then: SlotCounters | None, now: SlotCounters | None) -> SlotCounters | None:
-    if then is None or now is None or now.started_at != then.started_at:
-        return then
-    has_fallen = now.requests < then.requests or now.probes.requests < then.probes.requests
-    return replace(now, crashes=min(now.crashes, then.crashes)) if has_fallen else then
+def _has_forgotten(now: SlotCounters, then: SlotCounters | None) -> bool:
+    if then is None or now.started_at != then.started_at:
+        return False
+    return now.requests < then.requests or now.probes.requests < then.probes.requests
+
+
+def _anew(now: SlotCounters, then: SlotCounters | None) -> SlotCounters:
+    """The canary's baseline from now on, by which none of its crashes is forgotten."""
+    if then is None:
+        return replace(now, crashes=0)
+    return replace(now, crashes=min(now.crashes, then.crashes)) if now.started_at == then.started_at else then
 
 
 def observe_baseline(target: ReleaseTarget, *, canary_runs: bool) -> Baseline:

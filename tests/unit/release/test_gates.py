@@ -141,23 +141,34 @@ def test_difference__service_was_started_anew__counts_from_zero_and_as_a_crash_o
     assert (found.requests, found.crashes) == (30, crashes)
 
 
-def test_window__pod_that_ended_long_ago_is_forgotten__begins_anew_and_is_no_crash() -> None:
-    target = Observed(counters(150), counters(90_000, errors=900))
-    window, baseline = observe_window(target, Baseline(counters(100), counters(90_500, errors=905)))  # type: ignore[arg-type]
-    assert (window.canary.requests, window.canary.crashes, window.stable.requests) == (50, 0, 0)
-    assert baseline == Baseline(counters(100), counters(90_000, errors=900))
-    target = Observed(counters(80, crashes=1), counters(90_100, errors=901))
-    window, baseline = observe_window(target, baseline)  # type: ignore[arg-type]
+def test_window__pod_that_ended_long_ago_is_forgotten__begins_anew_for_both_and_is_no_crash() -> None:
+    began = Baseline(counters(100), counters(90_500, errors=905))
+    window, baseline = observe_window(Observed(counters(150), counters(90_000, errors=900)), began)  # type: ignore[arg-type]
+    assert baseline == Baseline(counters(150), counters(90_000, errors=900))
+    assert (window.canary.requests, window.canary.crashes, window.stable.requests) == (0, 0, 0)
+    later = Observed(counters(160), counters(90_100, errors=901))
+    window, baseline = observe_window(later, baseline)  # type: ignore[arg-type]
+    assert (window.canary.requests, window.stable.requests, window.stable.errors) == (10, 100, 1)
+    window, baseline = observe_window(Observed(counters(80, crashes=1), later.observe(Slot.STABLE)), baseline)  # type: ignore[arg-type]
+    assert baseline == Baseline(counters(80), later.observe(Slot.STABLE))
     assert (window.canary.requests, window.canary.crashes) == (0, 1)
-    assert (window.stable.requests, window.stable.errors) == (100, 1)
-    assert baseline.canary == counters(80)
 
 
-def test_window__stable_slot_that_could_not_be_asked_when_the_step_began__counts_from_the_first_answer_on() -> None:
-    window, baseline = observe_window(Observed(counters(150), counters(90_000)), Baseline(counters(100)))  # type: ignore[arg-type]
-    assert window.stable.requests == 0
-    window, _ = observe_window(Observed(counters(160), counters(90_080)), baseline)  # type: ignore[arg-type]
-    assert (window.canary.requests, window.stable.requests) == (60, 80)
+def test_window__stable_slot_that_could_not_be_asked_when_the_step_began__counts_for_both_from_its_first_answer() -> (
+    None
+):
+    window, baseline = observe_window(Observed(counters(150, crashes=1), counters(90_000)), Baseline(None))  # type: ignore[arg-type]
+    assert (window.canary.requests, window.canary.crashes, window.stable.requests) == (0, 1, 0)
+    window, _ = observe_window(Observed(counters(160, crashes=1), counters(90_080)), baseline)  # type: ignore[arg-type]
+    assert (window.canary.requests, window.canary.crashes, window.stable.requests) == (10, 1, 80)
+
+
+def test_window__canary_starts_anew_as_stable_is_first_asked__is_a_crash_all_the_same() -> None:
+    target = Observed(counters(5, started_at=9.0), counters(90_000))
+    window, baseline = observe_window(target, Baseline(counters(100)))  # type: ignore[arg-type]
+    assert (window.canary.requests, window.canary.crashes) == (5, 1)
+    window, _ = observe_window(target, baseline)  # type: ignore[arg-type]
+    assert window.canary.crashes == 1
 
 
 class Observed:
