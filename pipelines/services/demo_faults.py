@@ -353,10 +353,6 @@ def _world(settings: Settings) -> World:
 def _own_home(settings: Settings) -> Iterator[Settings]:
     """Settings of a home below the usual one, empty but for the cache of stages; also for the processes begun in it."""
     home = settings.home / "faults"
-    Stack(settings.model_copy(update={"home": home})).down()
-    for entry in home.iterdir() if home.is_dir() else ():
-        if entry.name != _KEPT:
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     own = {
         "PERCH_HOME": str(home),
         SERVICES_OF: str(home),  # so that the next demo ends a training that this one, killed, leaves behind
@@ -371,6 +367,10 @@ def _own_home(settings: Settings) -> Iterator[Settings]:
     os.environ |= own
     get_settings.cache_clear()
     try:
+        Stack(get_settings()).down()  # an earlier demo's, and nobody else's, whose supervisor the environment may name
+        for entry in home.iterdir() if home.is_dir() else ():
+            if entry.name != _KEPT:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         yield get_settings()
     finally:
         for name in own:
@@ -382,5 +382,5 @@ def _own_home(settings: Settings) -> Iterator[Settings]:
 def _is_place(name: str) -> bool:
     """Whether a variable names a place or a file of other releases, which the demo must leave alone."""
     return name.startswith("PERCH_") and name.endswith(
-        ("_URL", "_URI", "_HOME", "_DIR", "_KEY", "_KEYS", "_FILE", "_POLICY")
+        ("_URL", "_URI", "_HOME", "_DIR", "_KEY", "_KEYS", "_FILE", "_POLICY", "_SOCKET")
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import socket
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from pipelines.errors import TryLater
 from pipelines.params import ModelReleaseParams, override
 from pipelines.release.rollout_state import Passage, RolloutState
 from pipelines.release.steps import PROMOTED, ROLLED_BACK, Plan
+from pipelines.release.supervision import SOCKET
 from pipelines.services.demo_faults import (
     LIMITS,
     Look,
@@ -166,3 +169,20 @@ def test_own_home__somebody_has_exported_a_cluster__is_of_this_machine(
     with _own_home(Settings(home=tmp_path)) as own:
         assert (own.target, own.home) == ("local", tmp_path / "faults")
     assert os.environ["PERCH_TARGET"] == "kubernetes"
+
+
+@pytest.mark.timeout(60)
+def test_own_home__somebody_has_exported_a_supervisor__leaves_it_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with tempfile.TemporaryDirectory() as short, socket.socket(socket.AF_UNIX) as supervisor:
+        supervisor.bind(f"{short}/supervisor.sock")
+        supervisor.listen()
+        monkeypatch.setenv(SOCKET, f"{short}/supervisor.sock")
+        with _own_home(Settings(home=tmp_path)):
+            assert SOCKET not in os.environ
+        assert os.environ[SOCKET] == f"{short}/supervisor.sock"
+        assert Path(f"{short}/supervisor.sock").exists()
+        supervisor.setblocking(False)
+        with pytest.raises(BlockingIOError):  # nobody has spoken to it
+            supervisor.accept()
