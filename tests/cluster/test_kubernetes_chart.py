@@ -157,6 +157,11 @@ def helm(control_plane: Cluster) -> Iterator[Helm]:
     control_plane.kubectl("delete", "namespace", namespace, "--wait=false")
 
 
+def target_in(namespace: str, home: Path) -> KubernetesTarget:
+    """The target, by the account in the file that KUBECONFIG names."""
+    return KubernetesTarget(Settings(home=home, target="kubernetes", kubernetes_namespace=namespace))
+
+
 @pytest.fixture
 def installed(
     helm: Helm, control_plane: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -166,10 +171,9 @@ def installed(
     helm.install("v1")
     kubeconfig = control_plane.kubeconfig_of(helm.namespace, f"{RELEASE}-engine")
     monkeypatch.setenv("KUBECONFIG", str(kubeconfig))
-    settings = Settings(home=tmp_path, target="kubernetes", kubernetes_namespace=helm.namespace)
     admin = AdminApi(helm.namespace, str(control_plane.kubeconfig))
     gone = threading.Event()
-    made = Installed(control_plane, admin, KubernetesTarget(settings), gone, kubeconfig, tmp_path)
+    made = Installed(control_plane, admin, target_in(helm.namespace, tmp_path), gone, kubeconfig, tmp_path)
     made.run_setup_job(1)
     doubles = [threading.Thread(target=play, args=(made,)) for play in (_accept_routes, _play_kubelet)]
     for double in doubles:
@@ -262,11 +266,15 @@ def test_chart__upgraded_and_rolled_back__exchanges_pods_and_moves_neither_relea
     assert installed.decided_by_the_engine() == after
 
 
-def test_chart__removed_and_installed_again__begins_anew(installed: Installed, helm: Helm) -> None:
+def test_chart__removed_and_installed_again__begins_anew(
+    installed: Installed, helm: Helm, control_plane: Cluster
+) -> None:
     released(installed)
     helm.config.uninstall(RELEASE)
     # The route goes after the servers that it led to, by its owner references.
     installed.kubectl("wait", "--for=delete", f"httproute/{ROUTE}", "--timeout=60s")
     helm.install("v1")
-    assert dict(installed.target.state().slots) == {}
+    # The account has its name again, and is another one: the API server knows the old one's token for seconds at most.
+    control_plane.kubeconfig_of(helm.namespace, f"{RELEASE}-engine")
+    assert dict(target_in(helm.namespace, installed.folder).state().slots) == {}
     assert installed.api.get(ROUTES, "httproutes", ROUTE)["metadata"]["annotations"]["perch/stable"] == "none"
