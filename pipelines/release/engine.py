@@ -304,7 +304,8 @@ class ReleaseEngine:
             world.target.route(state.step.routing)
         baseline, now = state.baseline, world.clock()
         if state.step.is_watched and baseline.canary is None and (seen := world.target.observe(Slot.CANARY)):
-            baseline = replace(baseline, canary=zero_of(seen))
+            # It is made for the first step; in a later one, what it has counted is of the steps before.
+            baseline = replace(baseline, canary=zero_of(seen) if state.step == course[1] else seen)
         settled = replace(state, settled=True, baseline=baseline, entered_at=now, seen_at=now)
         world.rollouts.save(row, settled.to_document(), is_open=not settled.step.is_last)
         return settled

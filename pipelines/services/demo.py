@@ -233,7 +233,8 @@ def _show_predictions(stack: Stack, console: Console, ports: Ports) -> None:
     image = stack.settings.project_dir / "docs" / "seven.png"
     console.print(f"\nServed   {served.model} v{served.version} at {ports.serving_uri}")
     headers = {"X-API-Key": key, "Content-Type": "image/png"}
-    answer = httpx.post(f"{ports.serving_uri}/v1/predict", content=image.read_bytes(), headers=headers).json()
+    response = httpx.post(f"{ports.serving_uri}/v1/predict", content=image.read_bytes(), headers=headers)
+    answer = response.raise_for_status().json()
     probability = answer["probabilities"][answer["label"]]
     shown = image.relative_to(stack.settings.project_dir)
     console.print(f"         {shown} is a {answer['label']}, says v{answer['model']['version']} ({probability:.3f})")

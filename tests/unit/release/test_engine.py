@@ -19,7 +19,7 @@ from pipelines.release.engine import ReleaseRequest
 from pipelines.release.rollback import roll_back
 from pipelines.release.rollout_state import from_document
 from pipelines.release.steps import PENDING, PROMOTED, ROLLED_BACK, Phase, Plan, Step
-from pipelines.release.targets import Routing, Slot
+from pipelines.release.targets import Routing, Slot, SlotCounters
 from pipelines.release.watchdog import Watchdog
 from tests.unit.release.simulated_release import MODEL, QUICK, Fuse, Killed, Simulation, release
 
@@ -611,6 +611,31 @@ def test_advance__mlflow_is_away_at_the_promotion__is_finished_later(world: Simu
     world.aliases.is_away = False
     assert world.run(rollout.rollout_id).step == PROMOTED
     world.check_promoted(2, previous=1)
+
+
+def test_advance__canary_cannot_be_asked_when_a_step_begins__counts_nothing_of_the_steps_before(
+    world: Simulation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rollout = world.begin()
+    world.answer()
+    advance_to(world, rollout.rollout_id, Step(Phase.SHADOW))
+    observe, asked = world.target.observe, []
+
+    def observe_but_once(slot: Slot) -> SlotCounters | None:
+        asked.append(slot)
+        return None if asked.count(Slot.CANARY) == 2 else observe(slot)  # after the look, for the step's beginning
+
+    monkeypatch.setattr(world.target, "observe", observe_but_once)
+    engine = world.engine()
+    while world.state(rollout.rollout_id).step != CANARY_10:
+        world.tick()
+        asked.clear()
+        engine.advance(rollout.rollout_id)
+    assert asked.count(Slot.CANARY) == 3
+    counted, state = observe(Slot.CANARY), world.state(rollout.rollout_id)
+    assert counted is not None
+    assert counted.requests > 0
+    assert state.baseline.canary == counted
 
 
 def test_document__of_a_state__comes_back_equal(world: Simulation) -> None:
