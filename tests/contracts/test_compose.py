@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 from collections.abc import Iterator
+from configparser import ConfigParser
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -300,6 +301,19 @@ def test_scheduler__after_a_start_of_the_machine__waits_for_the_api_itself() -> 
     assert "until python" in waits
     assert f"{environment('airflow-scheduler')['AIRFLOW__CORE__EXECUTION_API_SERVER_URL']}health" in waits
     assert runs.strip() == "exec airflow scheduler"
+
+
+def test_unit__of_the_machine__starts_all_in_order_and_again_after_docker() -> None:
+    """Docker's own start fails what shares the network of `loopback` and comes before it."""
+    text = (FOLDER / "one-server/perch.service").read_text()
+    unit = ConfigParser()
+    unit.read_string(text)
+    assert unit["Service"]["ExecStart"].split()[1:] == [
+        "compose", "--file", "/opt/perch/docker/compose.yaml", "up", "--detach"
+    ]  # fmt: skip
+    assert unit["Unit"]["After"] == unit["Unit"]["PartOf"] == unit["Unit"]["Requires"] == "docker.service"
+    assert "docker.service" in unit["Install"]["WantedBy"].split()
+    assert "systemctl enable --now perch" in (PROJECT / "docs/runbooks/one-server.md").read_text()
 
 
 def test_traffic__its_parts__share_a_loopback_interface_and_the_local_targets_folders() -> None:
