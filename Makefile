@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo demo-faults up down status check format test test-unit test-slow cluster-test images test-images lock bench bench-serving bench-serving-large soak bench-pneumonia clean
+.PHONY: help env demo demo-faults up down status check format test test-unit test-slow cluster-test compose-test images test-images lock bench bench-serving bench-serving-large soak bench-pneumonia clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 26
@@ -38,13 +38,15 @@ format: env ## Format and mend what can be mended
 	$(BIN)/ruff check --fix .
 
 test: env ## All tests that CI runs (real Airflow, MLflow, PostgreSQL included)
-	$(BIN)/pytest -m "not slow and not cluster"
+	$(BIN)/pytest -m "not slow and not cluster and not compose"
 test-unit: env ## The fast tests
-	$(BIN)/pytest -m "not slow and not services and not cluster"
+	$(BIN)/pytest -m "not slow and not services and not cluster and not compose"
 test-slow: env ## The long ones
 	$(BIN)/pytest -m slow
 cluster-test: env ## Train in pods and release on a real Kubernetes that is started for it (root; skipped where it cannot be)
 	@bash scripts/cluster-test.sh $(BIN)/python $(CLUSTER_TESTS)
+compose-test: env ## Run one server as a whole on a Docker Engine that is started for it (root; skipped where it cannot be)
+	@bash scripts/compose-test.sh $(BIN)/python
 
 bench: env ## Ingestion, one training epoch, the DAG, and a million predictions, each against its baseline
 	$(BIN)/python benchmarks/ingest.py
