@@ -84,6 +84,9 @@ class Settings(BaseSettings):
     pod_signing_secret: str = Field(
         "", description="Secret with release.pem and release.pub, for the pods that sign and try releases."
     )
+    pod_staging_secret: str = Field(
+        "", description="Secret with PERCH_STAGING_API_KEY, for the pod that tries a release on a cluster."
+    )
     pod_ca_config_map: str = Field(
         "", description="ConfigMap with ca.crt of the authorities that vouch for the store, for the steps' pods."
     )

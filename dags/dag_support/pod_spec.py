@@ -24,6 +24,7 @@ _SIGNING_STEPS = {"model_packaging", "deploy_to_staging"}
 _USER = 10001  # of the images
 _HOME = "/var/lib/perch"
 _KEYS = "/etc/perch/keys"
+_STAGING_KEY = "PERCH_STAGING_API_KEY"
 _STORE_CA = "/etc/perch/object-store-ca"
 
 
@@ -67,7 +68,14 @@ def pod_template(step: str, wanted: PodsParams, settings: Settings) -> k8s.V1Pod
         given["object-store-ca"] = (_STORE_CA, {"config_map": authorities})
     container = k8s.V1Container(
         name="base",
-        env=_environment(wanted, signs=signs, has_ca=bool(settings.pod_ca_config_map)),
+        env=[
+            *_environment(wanted, signs=signs, has_ca=bool(settings.pod_ca_config_map)),
+            *(
+                _staging_key(settings.pod_staging_secret)
+                if step in ENGINE_STEPS and settings.pod_staging_secret
+                else ()
+            ),
+        ],
         env_from=[
             *(
                 k8s.V1EnvFromSource(config_map_ref=k8s.V1ConfigMapEnvSource(name=name))
@@ -138,6 +146,12 @@ def _environment(wanted: PodsParams, *, signs: bool, has_ca: bool) -> list[k8s.V
         k8s.V1EnvVar(name="PERCH_POD_NAME", value_from=own_name),
         *(k8s.V1EnvVar(name=name, value=value) for name, value in variables.items()),
     ]
+
+
+def _staging_key(secret: str) -> list[k8s.V1EnvVar]:
+    """That key alone: user code runs in other steps' pods, and the Secret may hold the prober's key, too."""
+    reference = k8s.V1SecretKeySelector(name=secret, key=_STAGING_KEY)
+    return [k8s.V1EnvVar(name=_STAGING_KEY, value_from=k8s.V1EnvVarSource(secret_key_ref=reference))]
 
 
 def _resources(wanted: PodsParams) -> k8s.V1ResourceRequirements:

@@ -28,6 +28,7 @@ SETTINGS = {
     "PERCH_POD_CONFIG_MAPS": "perch-steps",
     "PERCH_POD_SECRETS": "perch-database perch-store",
     "PERCH_POD_SIGNING_SECRET": "perch-signing",
+    "PERCH_POD_STAGING_SECRET": "perch-own-keys",
     "PERCH_POD_PULL_SECRETS": "registry",
     "PERCH_POD_SERVICE_ACCOUNT": "perch-steps",
 }
@@ -180,6 +181,18 @@ def test_pod__that_signs__has_the_key_and_no_other_has() -> None:
     assert {"name": "keys", "secret": {"secretName": "perch-signing", "defaultMode": 0o440}} in spec["volumes"]
     values = {variable["name"]: variable.get("value") for variable in spec["containers"][0]["env"]}
     assert values["PERCH_SIGNING_KEY"] == "/etc/perch/keys/release.pem"
+
+
+def test_pod__that_tries_a_release__has_the_key_for_it_and_no_other_has() -> None:
+    reference = {"secretKeyRef": {"name": "perch-own-keys", "key": "PERCH_STAGING_API_KEY"}}
+    (given,) = (
+        variable
+        for variable in make_pod("deploy_to_staging")["spec"]["containers"][0]["env"]
+        if variable["name"] == "PERCH_STAGING_API_KEY"
+    )
+    assert given["valueFrom"] == reference
+    for step in ("data_ingestion", "model_training", "model_evaluation", "model_packaging"):
+        assert "perch-own-keys" not in json.dumps(make_pod(step))
 
 
 def test_pod__store_with_a_certificate_of_ones_own__trusts_its_authority(monkeypatch: pytest.MonkeyPatch) -> None:

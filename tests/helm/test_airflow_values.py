@@ -109,8 +109,8 @@ def test_airflow__its_secrets__are_named_and_not_written_out() -> None:
     assert SECRETS["PERCH_DATABASE_URL"]["secretKey"] == database["key"]
     assert {SECRETS[name]["secretName"] for name in SECRETS if name.startswith("AWS")} == {store}
     # As variables of the steps' pods the Secrets' keys have to be the variables' names.
-    own = values["serving"]["apiKeys"]["ownSecret"]
-    assert set(ENVIRONMENT["PERCH_POD_SECRETS"].split()) == {database["existingSecret"], store, own}
+    assert set(ENVIRONMENT["PERCH_POD_SECRETS"].split()) == {database["existingSecret"], store}
+    assert ENVIRONMENT["PERCH_POD_STAGING_SECRET"] == values["serving"]["apiKeys"]["ownSecret"]
     assert all(known["secretKey"] == name for name, known in SECRETS.items())
     assert not any(
         re.search("PASSWORD|SECRET|TOKEN|DATABASE_URL|KEY$", name) for name in ENVIRONMENT if "POD" not in name
