@@ -77,7 +77,7 @@ class ReleaseEngine:
         """Begin a rollout; the one of the same release that is under way is returned as it is.
 
         Raises:
-            Refusal: another release of the model is under way, or this one serves already.
+            Refusal: another release of the model is under way, this one serves already, or another model is live here.
             TryLater: the database did not answer.
         """
         world, release = self._world, request.release
@@ -85,11 +85,15 @@ class ReleaseEngine:
         for row in rows:
             state = from_document(row.document)
             if row.is_open and state.release == release:
+                if state.step == PENDING and state.is_first:  # it may have begun while nothing ran
+                    self._refuse_another_model(release)
                 return state
         if request.champion == release:
             raise Refusal(
                 f"{release.model} v{release.version}", "is the champion already", way_out="`perch releases` lists them"
             )
+        if request.champion is None:
+            self._refuse_another_model(release)
         now = world.clock()
         rollout_id = f"{release.model}:{release.version}:{release.digest[:12]}:{len(rows) + 1}"
         state = RolloutState(
@@ -107,6 +111,30 @@ class ReleaseEngine:
             forecast=request.forecast or {},
         )
         return from_document(world.rollouts.create(rollout_id, release.model, state.to_document(), now=now).document)
+
+    def _refuse_another_model(self, release: ReleaseRef) -> None:
+        """Before anybody is asked: a first release would end in a rollback after the approval (`_enter`).
+
+        A target that does not answer refuses nothing; `_enter` looks again.
+        """
+        with suppress(TryLater):
+            serving = self._world.target.state().slots.get(Slot.STABLE)
+            if serving is None or serving == release:
+                return
+            own_home = (
+                f"`export PERCH_HOME=$HOME/perch-{release.model}`, in each terminal of this model, then `perch run`, "
+                "`perch up` (it takes free ports) and release there; on a cluster, another namespace"
+            )
+            raise Refusal(
+                f"the first release of {release.model} v{release.version}",
+                f"has no slot here: the stable one holds {serving.model} v{serving.version}",
+                limit="one home serves one model",
+                way_out=(
+                    own_home
+                    if serving.model != release.model
+                    else "the ledger has no champion of this model, so it is not the one of these slots: restore it"
+                ),
+            )
 
     def advance(self, rollout_id: str) -> RolloutState:
         """Look at a rollout and take one step if it is due; a call that finds nothing to do changes nothing.

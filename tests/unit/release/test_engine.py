@@ -93,11 +93,39 @@ def test_advance__first_release_of_all__skips_the_canary_and_the_ledger_says_so(
     assert "no champion" in traffic.evidence
 
 
-def test_advance__first_release_where_another_model_serves__takes_nothing_from_it(world: Simulation) -> None:
+def first_of_another_model(world: Simulation) -> ReleaseRequest:
     other = replace(release(2), model="xray-classification")
-    request = ReleaseRequest(other, None, "scheduler", world.evidence[release(2)], "run-2")
     world.evidence[other] = world.evidence[release(2)]
+    return ReleaseRequest(other, None, "scheduler", world.evidence[other], "run-2")
+
+
+def test_begin__first_release_where_another_model_serves__is_refused_before_anybody_is_asked(world: Simulation) -> None:
+    request = first_of_another_model(world)
+    with pytest.raises(Refusal, match=rf"holds {MODEL} v1.*\n.*export PERCH_HOME=\$HOME/perch-xray-classification"):
+        world.engine().begin(request, Plan(QUICK))
+    assert world.rollouts.list_rollouts("xray-classification") == []
+
+
+def test_begin__first_release_begun_before_the_slots_answered__is_refused_when_they_do(world: Simulation) -> None:
+    request = first_of_another_model(world)
+    world.target.is_away = True
     rollout = world.engine().begin(request, Plan(QUICK))
+    assert world.engine().begin(request, Plan(QUICK)) == rollout
+    world.target.is_away = False
+    with pytest.raises(Refusal, match=f"holds {MODEL} v1"):
+        world.engine().begin(request, Plan(QUICK))
+
+
+def test_begin__first_release_where_the_ledger_lost_its_champion__says_to_restore_it(world: Simulation) -> None:
+    request = ReleaseRequest(release(2), None, "scheduler", world.evidence[release(2)], "run-2")
+    with pytest.raises(Refusal, match="restore it"):
+        world.engine().begin(request, Plan(QUICK))
+
+
+def test_advance__first_release_where_another_model_came_first__takes_nothing_from_it(world: Simulation) -> None:
+    world.target.is_away = True
+    rollout = world.engine().begin(first_of_another_model(world), Plan(QUICK))
+    world.target.is_away = False
     world.answer()
     state = world.run(rollout.rollout_id)
     assert state.step == ROLLED_BACK
