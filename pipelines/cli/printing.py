@@ -14,3 +14,5 @@ def print_error(error: PerchError) -> None:
     verb = "refused:" if error.exit_code == EXIT_REFUSED else "failed:"
     console.print(f"{error.stage} {verb}".lstrip(), style="bold red", end=" ")
     console.print(make_runnable(str(error)), markup=False, soft_wrap=True)
+    for note in getattr(error, "__notes__", ()):
+        console.print(make_runnable(f"  {note}"), markup=False, soft_wrap=True)

@@ -16,6 +16,7 @@ from rich.text import Text
 from pipelines.core.locking import hold
 from pipelines.core.workspace import Workspace
 from pipelines.errors import EXIT_REFUSED, Refusal
+from pipelines.runs.kept_params import flatten
 from pipelines.runs.pipeline import pipeline_steps
 from pipelines.runs.workspaces import find_workspace, list_runs
 from pipelines.settings import Settings
@@ -66,17 +67,6 @@ def read_run(workspace: Workspace, steps: Sequence[str]) -> RunRecord:
         status=_status(workspace, steps, results),
         accuracy=(metrics[names[0]], metrics[names[1]], metrics[names[2]]) if metrics else None,
     )
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested mapping as dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def runs_list(settings: Settings) -> RenderableType:

@@ -9,8 +9,9 @@ from typing import Any
 
 from pipelines.core.stage_graph import STEPS_AFTER_DVC, read_stage_graph
 from pipelines.core.workspace import Workspace
-from pipelines.errors import PerchError, TryLater
+from pipelines.errors import PerchError, Refusal, TryLater
 from pipelines.params import load_params
+from pipelines.runs.kept_params import describe_kept_params
 from pipelines.runs.stages import run_in_workspace, run_lock
 from pipelines.runs.workspaces import open_workspace
 from pipelines.settings import Settings
@@ -92,6 +93,9 @@ def _run_here(settings: Settings, workspace: Workspace, stage: str) -> dict[str,
             result = run_in_workspace(settings, workspace, stage, mlflow_run_id=mlflow_run_id)
         except PerchError as error:
             error.stage = stage
+            # Who has mended params.yaml as the refusal says would otherwise be told to mend it again.
+            if isinstance(error, Refusal) and (note := describe_kept_params(settings, workspace)):
+                error.add_note(note)
             with suppress(TryLater):  # what the stage said matters more than that MLflow is away, too
                 publish_stage(settings, params, workspace, stage, mlflow_run_id)
                 error.links = links(settings, workspace, stage, mlflow_run_id, error.reports)
