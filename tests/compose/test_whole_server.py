@@ -44,6 +44,7 @@ def server() -> Iterator[Server]:
         wait_for("all is healthy", lambda: not server.unwell(), 300)
         yield server
     finally:
+        print(server.compose("ps", "--all"), server.compose("logs", "--tail", "15", "--no-color"))
         server.compose("down", "--volumes")
 
 
