@@ -122,14 +122,15 @@ def _choose_user(settings: Settings, user: str) -> str:
 def _open_asks(settings: Settings, model: str, version: int) -> list[Ask]:
     from pipelines.errors import Refusal
     from pipelines.release.airflow_approvals import AirflowApprovals
-    from pipelines.services.airflow_access import open_airflow
+    from pipelines.services.airflow_access import how_to_release, open_airflow
 
     asks = _undecided(settings, AirflowApprovals(open_airflow(settings)).open_asks(model, str(version)))
     if not asks:
         raise Refusal(
             f"the release of {model} v{version}",
             "waits for no answer",
-            way_out="`perch approvals` lists what does, `perch releases` what became of it; the DAG model_release asks",
+            way_out="`perch approvals` lists what does, `perch releases` what became of it; to have it asked for, "
+            + how_to_release(settings, str(version)),
         )
     return asks
 

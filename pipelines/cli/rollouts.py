@@ -61,7 +61,9 @@ def begin(
 
     from pipelines.cli.models import parse_version
     from pipelines.cli.stages import parse_overrides
+    from pipelines.core.own_command import make_runnable
     from pipelines.release.history import as_result
+    from pipelines.services.airflow_access import how_to_release
     from pipelines.services.rollouts import begin_release, write_approval_page
     from pipelines.settings import get_settings
 
@@ -73,10 +75,7 @@ def begin(
     for step in state.forecast.get("steps", []):
         typer.echo(f"  {step['sentence']}")
     if not as_json and state.step.name == "pending":
-        typer.echo(
-            f"  nobody is asked yet: trigger the DAG model_release with version {state.release.version} in Airflow; it "
-            "asks the approvers, and moves the release then"
-        )
+        typer.echo(make_runnable(f"  nobody is asked yet: {how_to_release(settings, state.release.version)}"))
     if as_json:
         page = write_approval_page(settings, state)
         asked = {

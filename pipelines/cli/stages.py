@@ -59,8 +59,27 @@ def run(
     settings = get_settings()
     run_id = run_id or datetime.now(UTC).strftime("local__%Y-%m-%dT%H-%M-%S")
     typer.secho(f"run {run_id} · {settings.runs_dir}", bold=True)
-    for stage in pipeline_steps(settings):
-        _run_step(stage, run_id, parse_overrides(set_, "{}"), as_of, COMMAND_LINE, as_json=False)
+    outcomes = {
+        stage: _run_step(stage, run_id, parse_overrides(set_, "{}"), as_of, COMMAND_LINE, as_json=False)
+        for stage in pipeline_steps(settings)
+    }
+    _show_next(outcomes["model_registration"])
+
+
+def _show_next(registered: dict[str, Any]) -> None:
+    """Print how the version that a run registered goes live."""
+    from pipelines.cli.models import default_params
+    from pipelines.core.own_command import make_runnable
+    from pipelines.services.airflow_access import how_to_release
+    from pipelines.settings import get_settings
+
+    version = registered["version"]
+    if not registered["summary"].startswith(f"{default_params().model_name} v"):
+        return  # with another model_name by --set: the DAG releases that of params.yaml
+    typer.echo(make_runnable(f"next: {how_to_release(get_settings(), version)}"))
+    typer.echo(
+        make_runnable(f"      `perch models show {version}` is its model card, `perch releases watch` its release")
+    )
 
 
 def parse_overrides(pairs: list[str] | None, conf: str) -> dict[str, Any]:
@@ -138,7 +157,9 @@ def _run_bare(stage: str, *, as_json: bool) -> None:
         typer.echo(f"{stage}: {result['summary']}")
 
 
-def _run_step(stage: str, run_id: str, overrides: dict[str, Any], as_of: str | None, by: str, *, as_json: bool) -> None:
+def _run_step(
+    stage: str, run_id: str, overrides: dict[str, Any], as_of: str | None, by: str, *, as_json: bool
+) -> dict[str, Any]:
     import time
 
     from pipelines.errors import PerchError
@@ -160,6 +181,7 @@ def _run_step(stage: str, run_id: str, overrides: dict[str, Any], as_of: str | N
         for title, address in outcome["links"].items():
             typer.echo(f"  {title}: {address}")
         typer.echo(json.dumps(outcome))
+    return outcome
 
 
 def _parse_day(text: str | None) -> date | None:

@@ -29,6 +29,17 @@ def find_airflow_uri(settings: Settings) -> str:
         ) from None
 
 
+def how_to_release(settings: Settings, version: str) -> str:
+    """How a person has a version released: the DAG that asks the approvers, with its address where Airflow runs."""
+    uri, stack = settings.airflow_uri, Stack(settings)
+    if not uri and not stack.has_slots_alone and stack.status():
+        uri = stack.ports().airflow_uri
+    where = f" at {uri}/dags/model_release" if uri else ""
+    start = "" if uri or settings.target != "local" else "`perch up`, then "
+    form = f"with {version} in the form's field Version"
+    return f"{start}in Airflow trigger the DAG model_release{where} {form}, then `perch approve {version}`"
+
+
 def open_airflow(settings: Settings, user: str = "") -> AirflowClient:
     """A client for a user's calls.
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import date
+from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from pipelines.cli import stages
+from pipelines.cli.main import app
 from pipelines.cli.stages import parse_overrides
 from pipelines.errors import Refusal
+from pipelines.settings import get_settings
 
 
 def test_parse_overrides__pairs_and_json__are_merged_as_yaml_values() -> None:
@@ -34,3 +40,28 @@ def test_parse_overrides__pairs_and_json__are_merged_as_yaml_values() -> None:
 def test_parse_overrides__pair_that_cannot_be_read__is_refused(pair: str, message: str) -> None:
     with pytest.raises(Refusal, match=message):
         parse_overrides([pair], "{}")
+
+
+@pytest.fixture
+def home_with_airflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("PERCH_HOME", str(tmp_path))
+    monkeypatch.setenv("PERCH_AIRFLOW_URI", "http://airflow.test")
+    get_settings.cache_clear()
+    yield
+    get_settings.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("model", "says"), [("digits-classification", True), ("another-classification", False)], ids=["own", "--set"]
+)
+@pytest.mark.usefixtures("home_with_airflow")
+def test_run__has_registered_a_version__ends_with_how_it_goes_live(
+    monkeypatch: pytest.MonkeyPatch, model: str, says: bool
+) -> None:
+    # The steps take a minute and are tried elsewhere; here it is about what follows them.
+    outcome = {"version": "3", "summary": f"{model} v3, candidate"}
+    monkeypatch.setattr(stages, "_run_step", lambda *_, **__: outcome)
+    result = CliRunner().invoke(app, ["run"])
+    assert result.exit_code == 0, result.output
+    assert ("next: in Airflow trigger the DAG model_release at http://airflow.test/" in result.output) is says
+    assert ("perch approve 3`" in result.output) is says
