@@ -196,7 +196,7 @@ class ModelTrainingParams(Section):
         description="Decay of the moving average of the weights that is evaluated and exported; 0 is off.",
     )
     class_weights: bool = Field(True, description="Weigh the loss so that rare classes count as much as common ones.")
-    patience_epochs: int = Field(5, ge=1, description="Epochs without a better val/loss before training stops.")
+    patience_epochs: int = Field(5, ge=1, description="Epochs without a better val/loss before training stops; those of the first 50 steps do not count.")
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = Field("32-true", description="Lightning's precision.")
     accelerator: Literal["auto", "cpu", "gpu"] = Field("auto", description="Where to train; `auto` takes a GPU if any.")
     devices: int = Field(
@@ -418,7 +418,9 @@ def load_params(path: Path) -> Params:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise Refusal(
-            f"the parameter file {path}", error.strerror, way_out="start Perch in the folder of params.yaml"
+            f"the parameter file {path}",
+            error.strerror,
+            way_out="start Perch in the folder of params.yaml, or set PERCH_PROJECT_DIR",
         ) from error
     try:
         tree = yaml.safe_load(text)

@@ -16,10 +16,15 @@ from pipelines.modeling.lit_module import ClassifierLitModule
 
 MONITORED = "val/loss"
 FINGERPRINT_KEY = "perch_fingerprint"
+# Until batch statistics (0.9**50 of their beginning is left) and averaged weights follow the network.  With 4 steps an
+# epoch, val/loss grew for 5 epochs while train/loss fell, and then dropped to a tenth.
+_SETTLING_STEPS = 50
 
 
 class EpochHistory(pl.Callback):
     """Keeps each epoch's metrics and the weights of the best, and stops when it has not improved for a while.
+
+    Patience is not counted in the first 50 steps, whose measurements say little: on few images those are many epochs.
 
     Its whole state is in the checkpoint, so that a resumed training stops at the same epoch with the same weights.
     It must stand before weight averaging in the list of callbacks: the averaged weights are in place while it looks.
@@ -28,6 +33,7 @@ class EpochHistory(pl.Callback):
         records: one dictionary per finished epoch, `split/name` to value.
         best_epoch: 1-based epoch with the lowest val/loss; 0 before the first.
         best_weights: the network's state dict after that epoch.
+        unsettled_epochs: that ended within those steps.
     """
 
     def __init__(self, patience_epochs: int) -> None:
@@ -35,6 +41,7 @@ class EpochHistory(pl.Callback):
         self.records: list[dict[str, float]] = []
         self.best_epoch = 0
         self.best_weights: dict[str, Tensor] = {}
+        self.unsettled_epochs = 0
 
     @property
     def latest(self) -> dict[str, float]:
@@ -49,7 +56,7 @@ class EpochHistory(pl.Callback):
     @property
     def out_of_patience(self) -> bool:
         """Whether the last epochs brought nothing better."""
-        return len(self.records) - self.best_epoch >= self._patience
+        return len(self.records) - max(self.best_epoch, self.unsettled_epochs) >= self._patience
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
         """Stop at once when the killed training had already decided to."""
@@ -74,6 +81,8 @@ class EpochHistory(pl.Callback):
                     way_out="lower model_training.learning_rate, or use precision 32-true",
                 )
         self.records.append(metrics)
+        if trainer.global_step < _SETTLING_STEPS:
+            self.unsettled_epochs = epoch
         if self.best_epoch == 0 or metrics[MONITORED] < self.best[MONITORED]:
             self.best_epoch = epoch
             state = pl_module.network.state_dict()
@@ -82,13 +91,19 @@ class EpochHistory(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""
-        return {"records": self.records, "best_epoch": self.best_epoch, "best_weights": self.best_weights}
+        return {
+            "records": self.records,
+            "best_epoch": self.best_epoch,
+            "best_weights": self.best_weights,
+            "unsettled_epochs": self.unsettled_epochs,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From the checkpoint."""
         self.records = list(state_dict["records"])
         self.best_epoch = state_dict["best_epoch"]
         self.best_weights = dict(state_dict["best_weights"])
+        self.unsettled_epochs = state_dict["unsettled_epochs"]
 
 
 class EpochCheckpoint(pl.Callback):

@@ -19,12 +19,20 @@ def test_epoch_history__epochs_since_the_best__use_up_patience(losses, expected)
     assert history_of(*losses).out_of_patience is expected
 
 
+@pytest.mark.parametrize(("unsettled", "expected"), [(1, True), (2, True), (3, False), (4, False)])
+def test_epoch_history__epochs_that_say_little__use_up_no_patience(unsettled, expected):
+    history = history_of(3.0, 4.0, 5.0, 6.0)
+    history.unsettled_epochs = unsettled
+    assert history.out_of_patience is expected
+
+
 def test_epoch_history__state_loaded__is_the_same_history():
     history = history_of(3.0, 2.0)
     history.best_weights = {"w": torch.ones(2)}
+    history.unsettled_epochs = 1
     restored = EpochHistory(2)
     restored.load_state_dict(history.state_dict())
-    assert (restored.records, restored.best_epoch) == (history.records, 2)
+    assert (restored.records, restored.best_epoch, restored.unsettled_epochs) == (history.records, 2, 1)
     assert torch.equal(restored.best_weights["w"], torch.ones(2))
 
 

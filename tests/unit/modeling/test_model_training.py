@@ -51,7 +51,9 @@ def test_run__digits__leaves_the_files_of_the_contract(training_workspace):
 
 
 def test_run__stopped_early__says_after_which_epoch_and_which_was_best(training_workspace):
-    result = model_training.run(make_params(epochs=9, patience_epochs=1, learning_rate=0.5), training_workspace)
+    result = model_training.run(
+        make_params(epochs=9, patience_epochs=1, learning_rate=0.5, batch_size=8), training_workspace
+    )
     record = json.loads((training_workspace.model / "training.json").read_text())
     assert record["stopped_early"]
     start = f"stopped after epoch {record['epochs_run']} of 9, best {record['best_epoch']}, val/accuracy"

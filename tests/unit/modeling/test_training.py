@@ -150,7 +150,9 @@ class EpochsSeen(pl.Callback):
 
 
 def test_train__no_improvement__stops_early_with_the_best_weights(training_data, tmp_path):
-    params = with_params(learning_rate=1.0, schedule="constant", weight_averaging=0.0, patience_epochs=2, epochs=30)
+    params = with_params(
+        learning_rate=1.0, schedule="constant", weight_averaging=0.0, patience_epochs=2, epochs=30, batch_size=8
+    )
     resumption = Resumption(tmp_path / "training.ckpt", "x")
     training = train(training_data, params, seed=7, resumption=resumption)
     losses = [record["val/loss"] for record in training.history.records]
@@ -163,6 +165,17 @@ def test_train__no_improvement__stops_early_with_the_best_weights(training_data,
     again = train(training_data, params, seed=7, resumption=resumption)
     assert again.history.records == training.history.records  # killed before its export, it does not train further
     assert hash_weights(again.network) == hash_weights(training.network)
+
+
+def test_train__few_images__does_not_stop_before_it_measures_what_it_has_learned(training_data):
+    few = LabelledImages(training_data.train.images[:60], training_data.train.labels[:60])
+    data = type(training_data)(**{**training_data.__dict__, "train": few})
+    params = with_params(batch_size=64, weight_averaging=0.99, patience_epochs=2, epochs=80)
+    training = train(data, params, seed=7)
+    losses = [record["val/loss"] for record in training.history.records]
+    assert any(min(losses[:n]) <= min(losses[n : n + 2]) for n in range(1, 40))  # patience would have run out
+    assert len(losses) > 50  # one step an epoch
+    assert training.history.best["val/accuracy"] > 0.9
 
 
 def test_train__loss_not_finite__names_epoch_and_learning_rate(training_data):
