@@ -196,7 +196,11 @@ class ModelTrainingParams(Section):
         description="Decay of the moving average of the weights that is evaluated and exported; 0 is off.",
     )
     class_weights: bool = Field(True, description="Weigh the loss so that rare classes count as much as common ones.")
-    patience_epochs: int = Field(5, ge=1, description="Epochs without a better val/loss before training stops; those of the first 50 steps do not count.")
+    patience_epochs: int = Field(
+        5,
+        ge=1,
+        description="Epochs without a better val/loss before training stops; those of the first 50 steps do not count.",
+    )
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = Field("32-true", description="Lightning's precision.")
     accelerator: Literal["auto", "cpu", "gpu"] = Field("auto", description="Where to train; `auto` takes a GPU if any.")
     devices: int = Field(
