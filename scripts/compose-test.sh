@@ -108,7 +108,12 @@ exec env --ignore-environment PATH=/usr/sbin:/usr/bin HOME=/root tini -- \
 INIT
 unshare --net --mount --pid --fork --mount-proc bash "$work/begin" "$engine" >"$work/dockerd.log" 2>&1 &
 unshared=$!
-trap 'kill "$(pgrep --parent "$unshared")" 2>/dev/null; wait "$unshared" 2>/dev/null; rm -rf "$engine/var/lib/docker" "$engine/srv" "$work"' EXIT
+finish() {
+  kill "$(pgrep --parent "$unshared")" 2>/dev/null || true
+  wait "$unshared" 2>/dev/null || true
+  rm -rf "$engine/var/lib/docker" "$engine/srv" "$work"
+}
+trap finish EXIT
 inside() {
   nsenter --target "$(pgrep --parent "$unshared")" --mount --net --pid --root --wdns=/srv/perch \
     env --ignore-environment PATH=/usr/sbin:/usr/bin HOME=/root DOCKER_BUILDKIT=0 "$@"
