@@ -14,15 +14,17 @@ from pydantic import AfterValidator, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from pipelines.environment import read_environment
+from pipelines.errors import Refusal
+
+
+def _is_project(folder: Path) -> bool:
+    return (folder / "dvc.yaml").is_file() and (folder / "params.yaml").is_file()
 
 
 def _find_project() -> Path:
     """The nearest folder upwards that holds `dvc.yaml` and `params.yaml`, else the current one."""
     here = Path.cwd()
-    for folder in (here, *here.parents):
-        if (folder / "dvc.yaml").is_file() and (folder / "params.yaml").is_file():
-            return folder
-    return here
+    return next((folder for folder in (here, *here.parents) if _is_project(folder)), here)
 
 
 # Stages run in their workspace's folder, so a relative path must be settled before it travels to them.
@@ -36,7 +38,8 @@ class Settings(BaseSettings):
 
     project_dir: Folder = Field(default_factory=_find_project, description="Folder with params.yaml and dvc.yaml.")
     home: Folder = Field(
-        default_factory=lambda: _find_project() / ".perch", description="Everything Perch writes on this machine."
+        default_factory=lambda data: data["project_dir"] / ".perch",
+        description="Everything Perch writes on this machine.",
     )
     mlflow_uri: str = Field("", description="MLflow's tracking server; empty uses a SQLite file in the home.")
     database_url: str = Field(
@@ -122,15 +125,39 @@ class Settings(BaseSettings):
     )
     prometheus_url: str = Field("", description="Prometheus that looks at the cluster's services; empty has no data.")
 
+    def require_home(self) -> Path:
+        """The home.
+
+        Raises:
+            Refusal: nobody named a home or a project, and none is found upwards: a new home would begin here.
+        """
+        if not self.model_fields_set & {"home", "project_dir"}:
+            self.require_project()
+        return self.home
+
+    def require_project(self) -> Path:
+        """The folder with `params.yaml` and `dvc.yaml`.
+
+        Raises:
+            Refusal: there are none.
+        """
+        if not _is_project(self.project_dir):
+            raise Refusal(
+                f"the parameter file {self.project_dir / 'params.yaml'}",
+                "not found, or no dvc.yaml beside it",
+                way_out="start Perch in the folder of params.yaml, or set PERCH_PROJECT_DIR",
+            )
+        return self.project_dir
+
     @property
     def runs_dir(self) -> Path:
         """One folder per run."""
-        return self.home / "runs"
+        return self.require_home() / "runs"
 
     @property
     def dvc_cache_dir(self) -> Path:
         """The cache that all runs share."""
-        return self.home / "dvc-cache"
+        return self.require_home() / "dvc-cache"
 
     @property
     def ingest_cache_dir(self) -> Path:
@@ -140,22 +167,22 @@ class Settings(BaseSettings):
     @property
     def releases_dir(self) -> Path:
         """Where releases lie when no other place is named."""
-        return self.home / "releases"
+        return self.require_home() / "releases"
 
     @property
     def keys_dir(self) -> Path:
         """Key pairs that sign releases."""
-        return self.home / "keys"
+        return self.require_home() / "keys"
 
     @property
     def tracking_uri(self) -> str:
         """The MLflow tracking URI to use."""
-        return self.mlflow_uri or f"sqlite:///{self.home / 'mlflow' / 'mlflow.db'}"
+        return self.mlflow_uri or f"sqlite:///{self.require_home() / 'mlflow' / 'mlflow.db'}"
 
     @property
     def ledger_url(self) -> str:
         """The SQLAlchemy URL to use."""
-        return self.database_url or f"sqlite:///{self.home / 'ledger.db'}"
+        return self.database_url or f"sqlite:///{self.require_home() / 'ledger.db'}"
 
     @property
     def decode_workers(self) -> int:

@@ -160,7 +160,7 @@ def _file(given: Path | None) -> Path:
     from pipelines.core.api_keys import DEFAULT_FILE_NAME
     from pipelines.settings import get_settings
 
-    return given.expanduser() if given else get_settings().home / DEFAULT_FILE_NAME
+    return given.expanduser() if given else get_settings().require_home() / DEFAULT_FILE_NAME
 
 
 def _until(expires: datetime | None) -> str:

@@ -33,6 +33,7 @@ def up() -> None:
     from pipelines.settings import get_settings
 
     settings = get_settings()
+    settings.require_project()  # whose DAGs Airflow runs
     console, stack = Console(), Stack(settings)
     with console.status("starting services") as spinner:
         ports = stack.up(spinner.update)
@@ -113,11 +114,13 @@ def demo(
     """Train digits for two consecutive weeks in a real Airflow and release both models, all on this machine."""
     from pipelines.settings import get_settings
 
+    settings = get_settings()
+    settings.require_project()
     if faults:
         from pipelines.services.demo_faults import run_faults
 
-        run_faults(get_settings())
+        run_faults(settings)
         return
     from pipelines.services.demo import run_demo
 
-    run_demo(get_settings(), stay=not exit_)
+    run_demo(settings, stay=not exit_)

@@ -58,7 +58,7 @@ def open_store(settings: Settings) -> Store:
         raise Refusal(
             "PERCH_PREDICTIONS_URL", url, limit="a folder or s3://bucket/prefix", way_out="correct it, or unset it"
         )
-    return FolderStore(Path(url.removeprefix("file://")).absolute() if url else settings.home / "predictions")
+    return FolderStore(Path(url.removeprefix("file://")).absolute() if url else settings.require_home() / "predictions")
 
 
 class FolderStore:

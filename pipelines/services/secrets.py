@@ -17,7 +17,7 @@ ROLES = {"admin": "admin", "scientist": "op", "approver": "user"}  # user name t
 
 def passwords_file(settings: Settings) -> Path:
     """Airflow's log-ins, as JSON from user name to password."""
-    return settings.home / "passwords.json"
+    return settings.require_home() / "passwords.json"
 
 
 def ensure_passwords(settings: Settings) -> dict[str, str]:
@@ -39,7 +39,7 @@ def ensure_airflow_keys(settings: Settings) -> dict[str, str]:
 
 def api_keys_file(settings: Settings) -> Path:
     """The hashes of the API keys that the prediction service of this machine takes."""
-    return settings.home / DEFAULT_FILE_NAME
+    return settings.require_home() / DEFAULT_FILE_NAME
 
 
 def ensure_demo_key(settings: Settings) -> str:
@@ -48,7 +48,7 @@ def ensure_demo_key(settings: Settings) -> str:
     It may do everything, and unlike other keys it is kept, beside the passwords: the demo prints it in its examples.
     A revoked or expired one is replaced.
     """
-    file = settings.home / "demo-api-key.json"
+    file = settings.require_home() / "demo-api-key.json"
     with editing(api_keys_file(settings)) as keys:
         kept = _read_demo_key(file)
         record = next((key for key in keys if key.id == id_of(kept)), None)

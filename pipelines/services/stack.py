@@ -61,7 +61,7 @@ class Stack:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.folder = settings.home / "services"
+        self.folder = settings.require_home() / "services"
         self.working_folder = self.folder / "working"
         self.socket = supervisor_socket(settings.home)
         self.target = LocalTarget(settings)
