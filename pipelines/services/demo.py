@@ -6,9 +6,11 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,9 +20,10 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from pipelines.core.locking import hold
 from pipelines.core.own_command import own_command
 from pipelines.core.stage_graph import STEPS_AFTER_DVC, read_stage_graph
-from pipelines.errors import PerchError, Refusal
+from pipelines.errors import PerchError, Refusal, TryLater
 from pipelines.release.airflow_approvals import DAG_ID as RELEASE_DAG_ID
 from pipelines.release.targets import Slot
 from pipelines.services.airflow_client import AirflowClient, TaskState
@@ -68,9 +71,29 @@ def run_demo(settings: Settings, *, stay: bool) -> None:
 
     Raises:
         Refusal: the environment would have it run or release elsewhere than on this machine.
+        TryLater: another demo is at work in the home.
         PerchError: a service did not start, or a week's run failed; the message holds the task's last lines.
     """
     _refuse_elsewhere(settings)
+    with _alone(settings.home / "demo.lock"):
+        _run_demo(settings, stay=stay)
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Keep two demos apart: the second's requests would count for the first's canary, whose end would end both."""
+    with ExitStack() as held:
+        try:
+            held.enter_context(hold(lock, wait_s=0))
+        except TryLater:
+            raise TryLater(
+                f"another demo is at work here (process {lock.read_text(encoding='utf-8') or 'unknown'})\n"
+                "  what to do: wait for its end, or end it by Ctrl-C where it runs"
+            ) from None
+        yield
+
+
+def _run_demo(settings: Settings, *, stay: bool) -> None:
     console = Console(highlight=False)
     home = (
         settings.home.relative_to(settings.project_dir)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from pipelines.errors import Refusal
+from pipelines.core.locking import hold
+from pipelines.errors import Refusal, TryLater
 from pipelines.services.airflow_client import TaskState
 from pipelines.services.demo import WeekView, render_outcome, run_demo
 from pipelines.settings import Settings
@@ -53,3 +55,12 @@ def test_demo__somebody_has_exported_a_cluster__keeps_to_this_machine(variable: 
     with pytest.raises(Refusal, match=f"PERCH_{variable.upper()}: kubernetes"):
         run_demo(Settings(home=tmp_path, **{variable: "kubernetes"}), stay=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_demo__another_is_at_work_in_the_home__neither_joins_it_nor_starts_anything(tmp_path: Path) -> None:
+    with (
+        hold(tmp_path / "demo.lock", wait_s=0),
+        pytest.raises(TryLater, match=rf"another demo is at work here \(process {os.getpid()}\)"),
+    ):
+        run_demo(Settings(home=tmp_path), stay=False)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["demo.lock"]
