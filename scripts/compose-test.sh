@@ -13,7 +13,6 @@ cd "$(dirname "$0")/.."
 python=${1:?usage: compose-test.sh PYTHON [pytest options]}
 shift
 cache=${PERCH_IMAGE_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/perch-images}/compose
-mirror=${DEBIAN_MIRROR:-http://deb.debian.org/debian}
 tag=compose-test
 work=$(mktemp -d)
 log=$work/log
@@ -50,7 +49,7 @@ debian() { # NAME SUITE PACKAGES [COMMAND in it]
   printf '#!/bin/sh\nexit 101\n' >"$cache/$1/usr/sbin/policy-rc.d" # no package starts its service
   chmod +x "$cache/$1/usr/sbin/policy-rc.d"
   echo "create_main_cluster = false" >"$cache/$1/etc/postgresql-common/createcluster.conf"
-  debootstrap --variant=minbase "$2" "$cache/$1" "$mirror" &&
+  debootstrap --variant=minbase "$2" "$cache/$1" &&
     cp /etc/resolv.conf "$cache/$1/etc/resolv.conf" &&
     DEBIAN_FRONTEND=noninteractive within "$cache/$1" apt-get install --yes --no-install-recommends $3 &&
     { [ -z "${4:-}" ] || within "$cache/$1" sh -euc "$4"; } &&
