@@ -50,7 +50,7 @@ def render_history(model: str, champions: Champions, states: list[RolloutState])
 
 def render_rollout(state: RolloutState, actual: TargetState | None, reading: StepReading | None, now: float) -> Group:
     """One rollout as it stands: weights, each gate's verdict, and what evidence is still missing."""
-    from pipelines.release.history import describe_deviations, describe_step
+    from pipelines.release.history import describe_deviations, describe_step, quote_reason
 
     since = datetime.fromtimestamp(state.entered_at, UTC)
     head = Text(state.release.model, style="bold")
@@ -76,7 +76,7 @@ def render_rollout(state: RolloutState, actual: TargetState | None, reading: Ste
     if state.waiting_for and not state.is_finished:
         lines.append(Text(f"  waits for {state.waiting_for}", style="yellow"))
     if state.reason:
-        lines.append(Text(f"  {state.reason}", style="red"))
+        lines.append(Text(f"  {quote_reason(state.reason)}", style="red"))
     if state.is_finished:
         lines.extend(Text(f"  {line}", style="dim") for line in describe_deviations(state))
     return Group(*lines)

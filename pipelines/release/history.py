@@ -26,7 +26,7 @@ class Entry:
         lasted_s: from its beginning to its last step.
         approved: by whom, with which words.
         course: each step that it left, with the canary's requests in it.
-        reason: of a rollback, or what is waited for.
+        reason: of a rollback, as one in quotation marks, or what is waited for.
         forecast: how far it was off in all steps that the gates let pass; empty where none was made.
     """
 
@@ -51,7 +51,7 @@ def summarise(state: RolloutState) -> Entry:
             answer.responder + (f": “{answer.comment}”" if answer.comment else "") for answer in state.approvals
         ),
         course=_describe_course(state.passages),
-        reason=state.reason or state.waiting_for,
+        reason=quote_reason(state.reason) if state.reason else state.waiting_for,
         forecast=_describe_deviation_in_all(state) if state.is_finished else "",
     )
 
@@ -123,6 +123,11 @@ def _add(values: Sequence[Any]) -> Any:
     """Their sum; None where one is not known."""
     known = [value for value in values if value is not None]
     return sum(known) if len(known) == len(values) else None
+
+
+def quote_reason(reason: str) -> str:
+    """A rollback's reason, marked as one: a word such as `back` beside `rolled back` reads as part of it."""
+    return f"reason: “{reason}”"
 
 
 def describe_step(name: str) -> str:

@@ -17,7 +17,7 @@ from rich.text import Text
 from pipelines.errors import PerchError, Refusal, TryLater
 from pipelines.release.airflow_approvals import AirflowApprovals, Ask
 from pipelines.release.engine import look
-from pipelines.release.history import describe_deviations, describe_step
+from pipelines.release.history import describe_deviations, describe_step, quote_reason
 from pipelines.release.rollout_state import RolloutState, StepReading
 from pipelines.release.steps import PENDING, ROLLED_BACK
 from pipelines.services.airflow_client import AirflowClient
@@ -217,7 +217,7 @@ def step_lines(state: RolloutState, readings: dict[str, StepReading]) -> list[st
             first = "" if state.champion else " · no champion yet, canary skipped"
             lines.append(f"      {'live':<{_WIDTH}}champion: v{state.release.version}{previous}{first}")
         elif passage.step == ROLLED_BACK.name:
-            lines.append(f"      {name:<{_WIDTH}}{state.reason}")
+            lines.append(f"      {name:<{_WIDTH}}{quote_reason(state.reason)}")
         else:
             left = following is not None and following.step != ROLLED_BACK.name
             requests = following.requests if following else (reading.requests if reading else 0)

@@ -49,7 +49,7 @@ def test_history__released_and_taken_back__says_who_how_far_and_why(world: Simul
     assert "v2 rolled back" in text
     assert "approved by approver: “better on 8 and 9”" in text
     assert "shadow 1,800 · 10 % " in text
-    assert text.endswith("wrong on 8")
+    assert text.endswith("reason: “wrong on 8”")
 
 
 def test_history__a_forecast_was_made__says_in_one_line_how_far_it_was_off(world: Simulation) -> None:

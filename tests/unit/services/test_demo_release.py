@@ -77,7 +77,7 @@ def test_lines__rolled_back__do_not_call_the_last_step_promoted() -> None:
     passages = (*STATE.passages, Passage("rolled_back", EPOCH, "errors 9 %", 60))
     lines = step_lines(replace(STATE, step=ROLLED_BACK, reason="errors 9 %", passages=passages), {})
     assert "promoted" not in lines[-2]
-    assert lines[-1].strip().endswith("errors 9 %")
+    assert lines[-1].split("  ")[-1] == "reason: “errors 9 %”"
 
 
 def test_limits__of_the_demo__can_be_judged_and_are_told_to_the_approver() -> None:
