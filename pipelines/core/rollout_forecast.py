@@ -178,13 +178,14 @@ def deviation(forecast: StepForecast, requests: float, minutes: float) -> str:
     """
     if forecast.requests is None:
         return f"{forecast.step}: {requests:,.0f} requests, {minutes:.1f} min; no promotion had been expected"
+    if forecast.minutes is None:
+        # More requests come within the least time of a step than its gates need: a ratio would be that of the traffic.
+        return (
+            f"{forecast.step}: {requests:,.0f} requests, {minutes:.1f} min; no minutes were forecast, for nothing was "
+            "asked when the release began"
+        )
     by_requests = _off(requests, forecast.requests, "requests", "{:,.0f}")
-    by_minutes = (
-        f"{minutes:.1f} min, not forecast: there was no traffic when it began"
-        if forecast.minutes is None
-        else _off(minutes, forecast.minutes, "min", "{:.1f}")
-    )
-    return f"{forecast.step}: {by_requests}; {by_minutes}"
+    return f"{forecast.step}: {by_requests}; {_off(minutes, forecast.minutes, 'min', '{:.1f}')}"
 
 
 def _off(actual: float, expected: float, unit: str, form: str) -> str:

@@ -103,7 +103,7 @@ def test_deviation__afterwards__says_how_far_off_the_forecast_was() -> None:
     assert text == "canary@10: 1,663 requests, forecast 2,123 (-22%); 30.0 min, forecast 35.4 (-15%)"
     blind = forecast_step(PLANS[1], LIMITS, requests_per_s=0)
     assert deviation(blind, 1_663, 30.0) == (
-        "canary@10: 1,663 requests, forecast 2,123 (-22%); 30.0 min, not forecast: there was no traffic when it began"
+        "canary@10: 1,663 requests, 30.0 min; no minutes were forecast, for nothing was asked when the release began"
     )
     hopeless = forecast_step(PLANS[1], LIMITS, requests_per_s=10, healthy=HealthyCanary(error_rate=0.5))
     assert deviation(hopeless, 900, 2.0) == "canary@10: 900 requests, 2.0 min; no promotion had been expected"
