@@ -163,7 +163,8 @@ def _read_passed_verdict(workspace: Workspace) -> Verdict:
         f"the model of run {read_json(workspace.run_file)['run_id']}",
         f"did not pass {len(verdict.failed)} of {len(verdict.checks)} checks:{lines}\n ",
         limit="only a model that passed is registered",
-        way_out="read evaluation/model_card.html; better data or training, or a changed limit in model_evaluation",
+        way_out=f"read {workspace.evaluation / 'model_card.html'}; better data or training, or a changed limit in "
+        "model_evaluation",
     )
 
 

@@ -254,8 +254,10 @@ def test_register__mlflow_reset_under_the_ledger__is_refused_and_taken_back(
 def test_register__gate_not_passed__is_refused_with_the_failed_checks(
     registry_settings: Settings, registry_params: Params, make_run: MakeRun
 ) -> None:
+    workspace = make_run(passed=False)
     with pytest.raises(Refusal) as refusal:
-        model_registration.run(registry_params, make_run(passed=False))
+        model_registration.run(registry_params, workspace)
+    assert f"read {workspace.evaluation / 'model_card.html'};" in str(refusal.value)
     assert "did not pass 1 of 2 checks" in str(refusal.value)
     assert "accuracy 0.800 [0.700, 0.880], limit 0.85" in str(refusal.value)
     assert list_versions(registry_settings, MODEL) == []
