@@ -13,7 +13,7 @@ env: $(VENV)/.installed ## Make the environment from the lock file
 $(VENV)/.installed: requirements.lock pyproject.toml scripts/make-environment.sh
 	@bash scripts/make-environment.sh $(VENV)
 
-demo: env ## Train digits for two weeks in a real Airflow and release both models (DEMO_EXIT=1 ends at once)
+demo: env ## Train digits for two weeks in a real Airflow and release both models (DEMO_EXIT=1 does not stay up)
 	@$(BIN)/perch demo
 
 demo-faults: env ## Release five bad models on this machine, and see which gate stops each (5 minutes)

@@ -122,7 +122,8 @@ def _run_demo(settings: Settings, *, stay: bool) -> None:
             follow_release(settings, console, client, approver, ports.serving_uri, version)
             console.print()
             weeks.append(week)
-        _print_outcome(console, settings, client, ports, weeks)
+        ending = not stay and not was_up and stack.has_started
+        _print_outcome(console, settings, client, weeks, ports, ending=ending)
         _show_predictions(stack, console, ports)
         if stay:
             console.print("\nAll of it stays up until Ctrl-C.")
@@ -234,16 +235,34 @@ def render_outcome(weeks: list[WeekView], aliases: Mapping[str, str | None]) -> 
     return table
 
 
+def print_addresses(console: Console, settings: Settings, ports: Ports, card: str, *, ending: bool) -> None:
+    """Print where each web page is.
+
+    Args:
+        console: where to.
+        settings: whose home has the passwords.
+        ports: of the services.
+        card: address of the last model card; empty where there is none.
+        ending: whether the services end with the demo, and their addresses with them.
+    """
+    console.print()
+    if ending:
+        up = f"[bold]{own_command()} up[/bold]"
+        console.print(f"The services end with this demo; what is below holds again after {up}.", soft_wrap=True)
+    console.print(f"MLflow   {ports.mlflow_uri}")
+    log_in = f"log in as admin, passwords in {passwords_file(settings)}"
+    console.print(f"Airflow  {ports.airflow_uri}   {log_in}", soft_wrap=True)
+    if card:
+        console.print(f"Card     {card}", soft_wrap=True)
+
+
 def _print_outcome(
-    console: Console, settings: Settings, client: AirflowClient, ports: Ports, weeks: list[WeekView]
+    console: Console, settings: Settings, client: AirflowClient, weeks: list[WeekView], ports: Ports, *, ending: bool
 ) -> None:
     champions = read_champions(settings, weeks[-1].results["deploy_to_staging"]["model"])
     console.print(render_outcome(weeks, champions.as_aliases()))
-    console.print(f"\nMLflow   {ports.mlflow_uri}")
-    console.print(f"Airflow  {ports.airflow_uri}   log in as admin, passwords in {passwords_file(settings)}")
-    card = client.links(DAG_ID, weeks[-1].run_id, "model_evaluation").get("Model card")
-    if card:
-        console.print(f"Card     {card}")
+    card = client.links(DAG_ID, weeks[-1].run_id, "model_evaluation").get("Model card", "")
+    print_addresses(console, settings, ports, card, ending=ending)
     perch = own_command()
     looks = " · ".join(f"{perch} {words}" for words in ("models", "models show 2", "runs", "ledger verify"))
     console.print(f"Look at  {looks}", soft_wrap=True)

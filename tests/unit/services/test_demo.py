@@ -12,7 +12,8 @@ from rich.console import Console
 from pipelines.core.locking import hold
 from pipelines.errors import Refusal, TryLater
 from pipelines.services.airflow_client import TaskState
-from pipelines.services.demo import WeekView, render_outcome, run_demo
+from pipelines.services.demo import WeekView, print_addresses, render_outcome, run_demo
+from pipelines.services.programs import Ports
 from pipelines.settings import Settings
 
 
@@ -64,3 +65,14 @@ def test_demo__another_is_at_work_in_the_home__neither_joins_it_nor_starts_anyth
     ):
         run_demo(Settings(home=tmp_path), stay=False)
     assert [entry.name for entry in tmp_path.iterdir()] == ["demo.lock"]
+
+
+@pytest.mark.parametrize("ending", [True, False])
+def test_addresses__narrow_and_perhaps_ending__are_whole_and_say_when_they_hold(ending: bool, tmp_path: Path) -> None:
+    card = f"http://127.0.0.1:5001/#/experiments/1/runs/{'0' * 32}/artifacts/evaluation/model_card.html"
+    console = Console(file=io.StringIO(), width=40)
+    print_addresses(console, Settings(home=tmp_path), Ports(5001, 8080, 3000), card, ending=ending)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert f"Card     {card}\n" in text
+    assert ("holds again after" in text) == ending
+    assert not ending or text.index("holds again") < text.index("MLflow   http")
