@@ -51,9 +51,10 @@ def open_airflow(settings: Settings, user: str = "") -> AirflowClient:
         Refusal: the user's password is not known here.
         TryLater: Airflow's address is not known.
     """
+    uri = find_airflow_uri(settings)  # first: where `perch up` was never called there are no passwords either
     user = user or settings.airflow_user or _READER
     if settings.airflow_password and user == settings.airflow_user:
-        return AirflowClient(find_airflow_uri(settings), user, settings.airflow_password)
+        return AirflowClient(uri, user, settings.airflow_password)
     try:
         known = json.loads(passwords_file(settings).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -65,4 +66,4 @@ def open_airflow(settings: Settings, user: str = "") -> AirflowClient:
             limit=f"one of {', '.join(sorted(known))}" if known else "",
             way_out="set PERCH_AIRFLOW_USER and PERCH_AIRFLOW_PASSWORD",
         )
-    return AirflowClient(find_airflow_uri(settings), user, known[user])
+    return AirflowClient(uri, user, known[user])
