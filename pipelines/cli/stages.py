@@ -58,10 +58,19 @@ def run(
 
     settings = get_settings()
     run_id = run_id or datetime.now(UTC).strftime("local__%Y-%m-%dT%H-%M-%S")
-    typer.secho(f"run {run_id} · {settings.runs_dir}", bold=True)
+    title = f"run {run_id} · {settings.runs_dir}"
+    steps = pipeline_steps(settings)
     outcomes = {
-        stage: _run_step(stage, run_id, parse_overrides(set_, "{}"), as_of, COMMAND_LINE, as_json=False)
-        for stage in pipeline_steps(settings)
+        stage: _run_step(
+            stage,
+            run_id,
+            parse_overrides(set_, "{}"),
+            as_of,
+            COMMAND_LINE,
+            as_json=False,
+            title=title if stage == steps[0] else "",
+        )
+        for stage in steps
     }
     _show_next(outcomes["model_registration"])
 
@@ -158,18 +167,25 @@ def _run_bare(stage: str, *, as_json: bool) -> None:
 
 
 def _run_step(
-    stage: str, run_id: str, overrides: dict[str, Any], as_of: str | None, by: str, *, as_json: bool
+    stage: str, run_id: str, overrides: dict[str, Any], as_of: str | None, by: str, *, as_json: bool, title: str = ""
 ) -> dict[str, Any]:
+    """Run a step and print how it ended; before it a title, once the run is there: a refused one may never be made."""
     import time
 
     from pipelines.errors import PerchError
     from pipelines.runs.pipeline import run_step
     from pipelines.settings import get_settings
 
+    def print_title() -> None:
+        if title:
+            typer.secho(title, bold=True)
+
     started = time.monotonic()
     day = _parse_day(as_of)
     try:
-        outcome = run_step(get_settings(), run_id, stage, overrides=overrides, as_of=day, requested_by=by)
+        outcome = run_step(
+            get_settings(), run_id, stage, overrides=overrides, as_of=day, requested_by=by, on_open=print_title
+        )
     except PerchError as error:
         if not as_json:
             raise

@@ -30,11 +30,21 @@ def run_step(
     overrides: Mapping[str, Any],
     as_of: date | None = None,
     requested_by: str = "",
+    on_open: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Run one step of a run and record it; the first step opens the run.
 
     With `PERCH_RUNS_URL`, the run's workspace is fetched before and shared after, so that each step may run on another
     machine.
+
+    Args:
+        settings: where runs live.
+        run_id: any scheduler's name for the run.
+        stage: the step.
+        overrides: dotted parameter keys to values.
+        as_of: the run's date, where nothing else names one.
+        requested_by: who asked for the run, for the record.
+        on_open: called when the run's workspace is there, before the step.
 
     Returns:
         The stage's result, with `links`: title to address, where MLflow has a web address.
@@ -45,7 +55,10 @@ def run_step(
     """
 
     def open_here() -> Workspace:
-        return open_workspace(settings, run_id, overrides, requested_by=requested_by, as_of=as_of)
+        workspace = open_workspace(settings, run_id, overrides, requested_by=requested_by, as_of=as_of)
+        if on_open is not None:
+            on_open()
+        return workspace
 
     if settings.runs_url:
         return _run_shared(settings, run_id, stage, open_here)

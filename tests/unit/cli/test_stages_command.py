@@ -1,7 +1,8 @@
-"""What `--set` takes, and how it says no."""
+"""What `--set` takes, and how it says no; what `perch run` says before and after its steps."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
@@ -14,6 +15,8 @@ from pipelines.cli.main import app
 from pipelines.cli.stages import parse_overrides
 from pipelines.errors import Refusal
 from pipelines.settings import get_settings
+
+PROJECT = Path(__file__).parents[3]
 
 
 def test_parse_overrides__pairs_and_json__are_merged_as_yaml_values() -> None:
@@ -65,3 +68,20 @@ def test_run__has_registered_a_version__ends_with_how_it_goes_live(
     assert result.exit_code == 0, result.output
     assert ("next: in Airflow trigger the DAG model_release at http://airflow.test/" in result.output) is says
     assert ("perch approve 3`" in result.output) is says
+
+
+def test_run__refused_before_it_opens__announces_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy2(PROJECT / name, tmp_path)
+    with (tmp_path / "params.yaml").open("a") as params:
+        params.write("unknown_key: 1\n")
+    monkeypatch.setenv("PERCH_PROJECT_DIR", str(tmp_path))
+    monkeypatch.setenv("PERCH_HOME", str(tmp_path / "home"))
+    get_settings.cache_clear()
+    try:
+        result = CliRunner().invoke(app, ["run", "--run", "typo"])
+    finally:
+        get_settings.cache_clear()
+    assert isinstance(result.exception, Refusal)
+    assert "unknown_key" in str(result.exception)
+    assert "run typo" not in result.output

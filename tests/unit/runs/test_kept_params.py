@@ -38,8 +38,10 @@ def test_refusal__params_yaml_mended_since_the_run_opened__says_what_the_run_kee
     edit(settings, "source: digits", "source: scans")
     open_workspace(settings, "typo", {})
     edit(settings, "source: scans", "source: digits")
+    opened: list[str] = []
     with pytest.raises(Refusal) as refused:
-        run_step(settings, "typo", "data_validation", overrides={})
+        run_step(settings, "typo", "data_validation", overrides={}, on_open=lambda: opened.append("typo"))
+    assert opened == ["typo"]
     print_error(refused.value)
     last = capsys.readouterr().err.splitlines()[-1]
     assert "run typo keeps data_ingestion.source=scans from its opening" in last
