@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from pipelines.settings import Settings
 
 
 def serve(
@@ -27,7 +30,7 @@ def serve(
     from pipelines.settings import get_settings
 
     settings = get_settings()
-    _refuse_taken(port)
+    _refuse_taken(port, settings)
     packaged = require_packaged_version(
         settings, model or default_params().model_name, parse_version(version) if version else None
     )
@@ -38,12 +41,23 @@ def serve(
     os.execve(command[0], [*command, "--port", str(port)], environment)  # noqa: S606
 
 
-def _refuse_taken(port: int) -> None:
+def _refuse_taken(port: int, settings: Settings) -> None:
     """What is announced must be ours: a key sent to another program's port is a key given away."""
+    from dataclasses import asdict
+
     from pipelines.core.free_ports import is_free
     from pipelines.errors import Refusal
+    from pipelines.services.stack import Stack
 
-    if not is_free(port):
-        raise Refusal(
-            f"port {port}", "is taken by another program", limit="a free TCP port", way_out="choose one with --port"
-        )
+    if is_free(port):
+        return
+    holder, way_out = "another program", "choose one with --port"
+    stack = Stack(settings)
+    if stack.is_answering() and not stack.has_slots_alone:
+        own = {number: name for name, number in asdict(stack.ports()).items()}.get(port)
+        if own == "serving":
+            holder = "Perch's own Envoy, which `perch up` started and which serves what was released"
+            way_out = f"ask http://127.0.0.1:{port}, or choose another port with --port"
+        elif own is not None:
+            holder = f"Perch's own {'MLflow' if own == 'mlflow' else 'Airflow'}, which `perch up` started"
+    raise Refusal(f"port {port}", f"is taken by {holder}", limit="a free TCP port", way_out=way_out)
