@@ -429,7 +429,9 @@ def load_params(path: Path) -> Params:
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise Refusal(f"the parameter file {path}", f"is not YAML: {error}", way_out="mend the line it names") from None
+        raise Refusal(
+            f"the parameter file {path}", f"is not YAML: {error}", way_out="mend the line it names, or the one above it"
+        ) from None
     return check_params(tree, name=str(path))
 
 

@@ -139,7 +139,9 @@ def resolve_params(settings: Settings, overrides: Mapping[str, Any], *, as_of: d
     try:
         tree = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise Refusal(f"the parameter file {file}", f"is not YAML: {error}", way_out="mend the line it names") from None
+        raise Refusal(
+            f"the parameter file {file}", f"is not YAML: {error}", way_out="mend the line it names, or the one above it"
+        ) from None
     params = check_params(override(tree if isinstance(tree, dict) else {}, overrides), name=str(file), own=overrides)
     if params.data_ingestion.as_of is not None:
         return params

@@ -133,3 +133,10 @@ def test_schema__every_key__has_a_type_or_a_reference() -> None:
 )
 def test_release_pause__of_a_plan__is_short_beside_each_of_its_times(changes: dict[str, Any], expected: float) -> None:
     assert ModelReleaseParams(**changes).pause_s == expected
+
+
+def test_load_params__line_without_its_colon__points_at_the_line_above_the_named_one_too(tmp_path: Path) -> None:
+    file = tmp_path / "params.yaml"
+    file.write_text("dataset: a\nmodel_name: b\nseed 7\ndata_ingestion:\n  source: digits\n")
+    with pytest.raises(Refusal, match=r"line 4(.|\n)*the line it names, or the one above it"):
+        load_params(file)

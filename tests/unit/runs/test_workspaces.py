@@ -111,3 +111,9 @@ def test_open_workspace__pods_of_a_step_that_there_is_not__are_refused_with_the_
 def test_resolve_params__no_params_file__says_where_it_looked(tmp_path: Path) -> None:
     with pytest.raises(Refusal, match="PERCH_PROJECT_DIR"):
         resolve_params(Settings(project_dir=tmp_path, home=tmp_path), {})
+
+
+def test_open_workspace__line_without_its_colon__points_at_the_line_above_the_named_one_too(settings: Settings) -> None:
+    (settings.project_dir / "params.yaml").write_text("dataset: a\nmodel_name b\nseed: 7\n")
+    with pytest.raises(Refusal, match=r"line 3(.|\n)*the line it names, or the one above it"):
+        open_workspace(settings, "r1", {})
