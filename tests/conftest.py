@@ -19,6 +19,9 @@ from pipelines.settings import Settings, get_settings
 MakeRun = Callable[..., Workspace]
 MountSmallDisk = Callable[[int], Path]
 
+# Tests that several targets share stand in a module of their own; an assertion that fails there says its values, too.
+pytest.register_assert_rewrite("tests.integration.release_target_behaviour")
+
 # The same examples each time, however busy the machine: `--hypothesis-profile=default` looks for new ones.
 settings.register_profile("repeatable", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("repeatable")
