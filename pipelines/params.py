@@ -479,6 +479,17 @@ def override(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str,
     return result
 
 
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A parameter tree as dotted keys and values, as `override` takes them."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
 def _path(detail: Mapping[str, Any]) -> str:
     return ".".join(str(part) for part in detail["loc"])
 

@@ -59,31 +59,22 @@ def run(
     settings = get_settings()
     run_id = run_id or datetime.now(UTC).strftime("local__%Y-%m-%dT%H-%M-%S")
     title = f"run {run_id} · {settings.runs_dir}"
-    steps = pipeline_steps(settings)
-    outcomes = {
-        stage: _run_step(
-            stage,
-            run_id,
-            parse_overrides(set_, "{}"),
-            as_of,
-            COMMAND_LINE,
-            as_json=False,
-            title=title if stage == steps[0] else "",
-        )
-        for stage in steps
-    }
-    _show_next(outcomes["model_registration"])
+    overrides, outcomes = parse_overrides(set_, "{}"), {}
+    for stage in pipeline_steps(settings):
+        outcomes[stage] = _run_step(stage, run_id, overrides, as_of, COMMAND_LINE, as_json=False, title=title)
+        title = ""
+    _show_next(outcomes["deploy_to_staging"])
 
 
-def _show_next(registered: dict[str, Any]) -> None:
-    """Print how the version that a run registered goes live."""
+def _show_next(staged: dict[str, Any]) -> None:
+    """Print how the version that a run registered, and tried, goes live."""
     from pipelines.cli.models import default_params
     from pipelines.core.own_command import make_runnable
     from pipelines.services.airflow_access import how_to_release
     from pipelines.settings import get_settings
 
-    version = registered["version"]
-    if not registered["summary"].startswith(f"{default_params().model_name} v"):
+    version = staged["version"]
+    if staged["model"] != default_params().model_name:
         return  # with another model_name by --set: the DAG releases that of params.yaml
     typer.echo(make_runnable(f"next: {how_to_release(get_settings(), version)}"))
     typer.echo(

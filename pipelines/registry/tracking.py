@@ -23,7 +23,7 @@ import yaml
 from pipelines.core.results import read_json
 from pipelines.core.workspace import Workspace
 from pipelines.errors import Refusal
-from pipelines.params import Params
+from pipelines.params import Params, flatten
 from pipelines.registry.connection import Mlflow, page_url, with_mlflow
 from pipelines.settings import Settings
 
@@ -214,7 +214,7 @@ def _describe_run(mlflow: Mlflow, run: Run, params: Params, record: Mapping[str,
 
     run_id = run.info.run_id
     wanted = {
-        key: value for key, value in flatten(params.model_dump(mode="json")).items() if key not in run.data.params
+        key: value for key, value in _as_text(params.model_dump(mode="json")).items() if key not in run.data.params
     }
     tags = {key: value for key, value in _run_tags(params, record).items() if run.data.tags.get(key) != value}
     for batch in _batches([Param(key, value) for key, value in wanted.items()], _BATCH):
@@ -249,15 +249,10 @@ def _run_tags(params: Params, record: Mapping[str, Any]) -> dict[str, str]:
     return {key: value[:_MAX_TAG_LENGTH] for key, value in tags.items() if value}
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Turn nested parameters into dotted keys and text, lists as JSON: `{"model_training.epochs": "20", …}`."""
-    flat: dict[str, str] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value)
-    return flat
+def _as_text(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested parameters as dotted keys and text, lists as JSON: `{"model_training.epochs": "20", …}`."""
+    flat = flatten(tree, prefix).items()
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in flat}
 
 
 def _upload(mlflow: Mlflow, run_id: str, workspace: Workspace, stage: str, outcome: _Outcome) -> None:
@@ -380,7 +375,7 @@ def _record_tuned(mlflow: Mlflow, run: Run, params: Params, workspace: Workspace
 
     if params.model_training.trials == 0:
         return
-    tuned = flatten(read_json(workspace.model / "training.json")["hyperparameters"], "tuned.")
+    tuned = _as_text(read_json(workspace.model / "training.json")["hyperparameters"], "tuned.")
     missing = [Param(key, value) for key, value in tuned.items() if key not in run.data.params]
     for batch in _batches(missing, _BATCH):
         mlflow.client.log_batch(run.info.run_id, params=batch)

@@ -16,7 +16,7 @@ from rich.text import Text
 from pipelines.core.locking import hold
 from pipelines.core.workspace import Workspace
 from pipelines.errors import EXIT_REFUSED, Refusal
-from pipelines.runs.kept_params import flatten
+from pipelines.params import flatten
 from pipelines.runs.pipeline import pipeline_steps
 from pipelines.runs.workspaces import find_workspace, list_runs
 from pipelines.settings import Settings

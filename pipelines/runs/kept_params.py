@@ -8,7 +8,7 @@ from typing import Any
 
 from pipelines.core.workspace import Workspace
 from pipelines.errors import Refusal
-from pipelines.params import load_params
+from pipelines.params import flatten, load_params
 from pipelines.runs.workspaces import resolve_params
 from pipelines.settings import Settings
 
@@ -38,17 +38,6 @@ def describe_kept_params(settings: Settings, workspace: Workspace) -> str:
         f"params.yaml has {_list(now, changed)}{more} now: "
         "to use that, start a new run (`perch run` without --run, or with another id)"
     )
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested mapping as dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _list(flat: Mapping[str, Any], keys: list[str]) -> str:

@@ -62,7 +62,7 @@ def test_run__has_registered_a_version__ends_with_how_it_goes_live(
     monkeypatch: pytest.MonkeyPatch, model: str, says: bool
 ) -> None:
     # The steps take a minute and are tried elsewhere; here it is about what follows them.
-    outcome = {"version": "3", "summary": f"{model} v3, candidate"}
+    outcome = {"version": "3", "model": model}
     monkeypatch.setattr(stages, "_run_step", lambda *_, **__: outcome)
     result = CliRunner().invoke(app, ["run"])
     assert result.exit_code == 0, result.output
