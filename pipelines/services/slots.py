@@ -11,7 +11,7 @@ import subprocess
 import time
 from types import FrameType
 
-from pipelines.errors import PerchError
+from pipelines.errors import PerchError, Refusal
 from pipelines.release.local_layout import LocalPorts, SlotPorts
 from pipelines.services.programs import home_environment, slot_programs, tool
 from pipelines.services.stack import Stack, render_config
@@ -42,9 +42,17 @@ def run_slots(settings: Settings, ports: LocalPorts = PORTS) -> int:
         Exit status of the supervisor.
 
     Raises:
+        Refusal: another supervisor has this home; what the plan of its services says stays as it is.
         PerchError: the supervisor ended at once, or does not answer, or the services could not be started.
     """
     stack = Stack(settings)
+    if stack.is_answering():
+        raise Refusal(
+            f"the services of {settings.home}",
+            "run already",
+            limit="one supervisor in a home",
+            way_out="`perch down` ends them; or name another folder by PERCH_HOME",
+        )
     stack.working_folder.mkdir(parents=True, exist_ok=True)
     stack.target.lay_out(ports)
     config = stack.folder / "supervisord.conf"

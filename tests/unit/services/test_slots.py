@@ -9,8 +9,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pipelines.errors import Refusal
 from pipelines.release.local_layout import LocalLayout
 from pipelines.services.slots import run_slots
+from pipelines.services.stack import Stack
 from pipelines.settings import Settings
 
 
@@ -33,3 +35,12 @@ def test_slots__plan_that_cannot_be_read__end_with_their_supervisor_and_say_why(
     with pytest.raises(ValueError, match="line 1"):
         run_slots(Settings(home=tmp_path))
     assert set(psutil.Process().children()) <= before
+
+
+def test_slots__home_whose_services_run_already__are_refused_and_its_ports_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Stack, "is_answering", lambda _: True)
+    with pytest.raises(Refusal, match="run already"):
+        run_slots(Settings(home=tmp_path))
+    assert list(tmp_path.iterdir()) == []
