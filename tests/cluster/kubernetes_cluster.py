@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from pipelines.release.targets import Slot
+
 PROJECT = Path(__file__).parents[2]
 SCRIPTS = Path(os.environ.get("PERCH_KUBE_SCRIPTS", PROJECT.parent / "shared/kube"))
 _CACHE = Path(os.environ.get("K8S_CACHE", Path.home() / ".cache/perch-kube"))
@@ -110,6 +112,11 @@ class Cluster:
         tree["users"] = [{"name": user["name"], "user": {"token": token}} for user in tree["users"]]
         (file := self.run / f"{namespace}-{account}.kubeconfig").write_text(yaml.safe_dump(tree))
         return file
+
+    def server_of(self, namespace: str, slot: Slot) -> str:
+        """The letter of the server that a release slot is in, as the route says."""
+        route = self.read("httproute", "perch-serving", f"--namespace={namespace}")
+        return str(route["metadata"]["annotations"][f"perch/{slot}"])
 
     def load_image(self, archive: Path) -> None:
         """Give an image to the node, from a Docker archive."""

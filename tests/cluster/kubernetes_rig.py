@@ -50,8 +50,7 @@ class KubernetesRig(TargetRig):
         return [dict(pod) for pod in current(everything, process)]
 
     def process_of(self, slot: Slot) -> str:
-        route = self.cluster.read("httproute", "perch-serving", f"--namespace={self.settings.kubernetes_namespace}")
-        return f"serving-{route['metadata']['annotations'][f'perch/{slot}']}"
+        return f"serving-{self.cluster.server_of(self.settings.kubernetes_namespace, slot)}"
 
     def identities(self) -> tuple[object, ...]:
         return tuple(

@@ -22,7 +22,7 @@ from pipelines.release.steps import PROMOTED, ROLLED_BACK, SHADOW, Step
 from pipelines.release.targets import Routing, Slot
 from tests.cluster.installed import killed_store
 from tests.cluster.kubernetes_rig import KubernetesRig
-from tests.cluster.test_kubernetes_faults import PROBED_AGAIN_S, drained_node, keep_one_pod, killed
+from tests.cluster.outages import PROBED_AGAIN_S, drained_node, keep_one_pod, killed
 from tests.integration.conftest import postgresql_server  # noqa: F401 - a fixture
 from tests.integration.postgresql_server import killed_postgresql, make_database
 from tests.integration.release_target_behaviour import wait_until
@@ -157,7 +157,7 @@ def test_rollout__canary_put_out_by_a_drained_node__is_taken_back_and_no_request
     with open_scene(settled, settled.second, PATIENT) as scene, settled.traffic() as traffic:
         state = scene.run_to(CANARY_30)
         assert state.step == CANARY_30, state.reason
-        budgets = keep_one_pod(settled, Slot.STABLE)
+        budgets = keep_one_pod(settled.cluster, settled.settings.kubernetes_namespace, Slot.STABLE)
         try:
             with drained_node(settled.cluster, 15), moving(scene):
                 pass

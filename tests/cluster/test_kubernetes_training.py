@@ -25,7 +25,8 @@ from pipelines.settings import Settings
 from tests.cluster.conftest import IMAGE, Phases
 from tests.cluster.installed import killed_store
 from tests.cluster.kubernetes_cluster import Cluster
-from tests.cluster.training_rig import LIMITS, ONE_CORE, RELEASING, TRAINING, TrainingRig, training_rig
+from tests.cluster.outages import PROBED_AGAIN_S, drained_node, keep_one_pod, killed
+from tests.cluster.training_rig import LIMITS, NAMESPACE, ONE_CORE, RELEASING, TRAINING, TrainingRig, training_rig
 from tests.integration.conftest import PROJECT
 from tests.integration.postgresql_server import killed_postgresql
 from tests.missing_parts import miss
@@ -62,10 +63,9 @@ def rig(cluster: Cluster, phases: Phases, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="module")
 def in_pods(rig: TrainingRig, phases: Phases, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """A run whose steps were pods, of which that of the training was evicted half-way."""
-    evicting = rig.evict_when_training()
     rig.client().trigger(TRAINING, IN_PODS, {**FORM, "release": LIMITS})
+    rig.evict(rig.wait_for_checkpoint(IN_PODS))
     assert rig.wait_for_run(TRAINING, IN_PODS) == "success", rig.explain(TRAINING, IN_PODS)
-    evicting.join(1)
     phases.end("the training DAG in pods")
     print(f"in pods: {rig.durations(IN_PODS)}")
     return rig.fetch(IN_PODS, tmp_path_factory.mktemp("fetched"))
@@ -192,7 +192,51 @@ def test_run_in_pods__store_and_database_killed_under_it__ends_with_the_same_wei
     tasks = rig.client().tasks(TRAINING, DISTURBED)
     print(f"disturbed: {rig.durations(DISTURBED)}, tries { {name: task.try_number for name, task in tasks.items()} }")
     assert weights(rig.fetch(DISTURBED, tmp_path)) == weights(in_pods)
+    require_whole_ledger(rig)
+
+
+def require_whole_ledger(rig: TrainingRig) -> None:
     ledger = Ledger(rig.settings.ledger_url)
     registered = [record for record in ledger.entries() if record.event == "registered"]
     assert ledger.verify() == []
     assert len(registered) == len({record.version for record in registered})
+    ledger.close()
+
+
+def take_away(part: str, rig: TrainingRig) -> None:
+    """Have a part of Kubernetes gone for a while; it is back, and may have yet to find itself, at the end."""
+    if part != "node":
+        with killed(rig.cluster, part):
+            time.sleep(DOWN_S)
+        return
+    budgets = keep_one_pod(rig.cluster, NAMESPACE, Slot.STABLE)
+    try:
+        with drained_node(rig.cluster, int(DOWN_S)) as said:
+            assert "model-training" in said
+    finally:
+        rig.cluster.kubectl("delete", *budgets, f"--namespace={NAMESPACE}")
+
+
+@pytest.mark.parametrize("part", ["kube-apiserver", "kubelet", "node"])
+def test_run_in_pods__part_of_kubernetes_gone_while_it_trains__ends_with_the_same_weights_and_stable_serves_on(
+    rig: TrainingRig, in_pods: Workspace, first_release: str, phases: Phases, tmp_path: Path, part: str
+) -> None:
+    before = KubernetesTarget(rig.settings).state()
+    rig.client().trigger(TRAINING, part, {**FORM, "release": LIMITS})
+    rig.wait_for_checkpoint(part)
+    with rig.traffic() as traffic:
+        take_away(part, rig)
+        back_at = time.monotonic()
+        assert rig.wait_for_run(TRAINING, part) == "success", rig.explain(TRAINING, part)
+    phases.end(f"the training DAG in pods, {part} gone while it trains")
+    tasks = rig.client().tasks(TRAINING, part)
+    tries = {name: task.try_number for name, task in tasks.items() if task.try_number > 1}
+    print(f"{part}: {rig.durations(part)}, tries {tries}, {len(traffic.failed)} requests failed")
+    assert weights(rig.fetch(part, tmp_path)) == weights(in_pods)
+    assert rig.pods(part) == []
+    require_whole_ledger(rig)
+    assert KubernetesTarget(rig.settings).state() == before
+    if part == "kubelet":  # which calls each pod of the one node not ready at first; see test_kubernetes_faults.py
+        assert all(back_at < exchange.ended_at < back_at + PROBED_AGAIN_S for exchange in traffic.failed)
+    else:
+        assert traffic.failed == []

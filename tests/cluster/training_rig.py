@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import subprocess
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,8 +25,9 @@ from pipelines.release.supervision import supervisor_proxy
 from pipelines.runs.sharing import SharedRun
 from pipelines.runs.workspaces import workspace_of
 from pipelines.services.airflow_client import AirflowClient
+from pipelines.services.demo_release import recorded_digits
 from pipelines.services.programs import Ports, tool
-from pipelines.services.secrets import ensure_passwords
+from pipelines.services.secrets import ensure_demo_key, ensure_passwords
 from pipelines.services.stack import Stack, any_free_port
 from pipelines.settings import Settings
 from tests.cluster.gateway import Gateway
@@ -36,6 +36,7 @@ from tests.cluster.installed import installed, object_store
 from tests.cluster.kubernetes_cluster import HOST_SEEN_FROM_PODS, Cluster
 from tests.integration.conftest import PROJECT
 from tests.integration.postgresql_server import make_database, serve_postgresql
+from tests.integration.traffic import Traffic
 from tests.missing_parts import miss
 
 NAMESPACE = "vision"
@@ -185,31 +186,34 @@ class TrainingRig:
         finally:
             supervisor.startProcess(program)
 
-    def evict_when_training(self) -> threading.Thread:
-        """Have the pod of the training evicted as soon as it has a checkpoint; by the API that drains a node, too."""
+    def wait_for_checkpoint(self, run_id: str, limit_s: float = 600) -> str:
+        """The name of the pod that trains, as soon as it has a checkpoint."""
         pods = self.cluster.run / "node/kubelet/pods"
-        pattern = "*/volumes/kubernetes.io~empty-dir/home/runs/*/checkpoints/training.ckpt"
+        pattern = f"*/volumes/kubernetes.io~empty-dir/home/runs/{run_id}/checkpoints/training.ckpt"
+        deadline = time.monotonic() + limit_s
+        while not (found := next(pods.glob(pattern), None)):
+            assert time.monotonic() < deadline, self.explain(TRAINING, run_id)
+            time.sleep(0.02)
+        uid = found.relative_to(pods).parts[0]
+        (name,) = [
+            pod["metadata"]["name"] for pod in self.pods(run_id, "model_training") if pod["metadata"]["uid"] == uid
+        ]
+        return str(name)
 
-        def evict() -> None:
-            deadline = time.monotonic() + 600
-            while not (found := next(pods.glob(pattern), None)):
-                if time.monotonic() > deadline:
-                    return
-                time.sleep(0.02)
-            uid = found.relative_to(pods).parts[0]
-            items = self.cluster.read("pods", f"--namespace={NAMESPACE}")["items"]
-            (name,) = [pod["metadata"]["name"] for pod in items if pod["metadata"]["uid"] == uid]
-            body = {
-                "apiVersion": "policy/v1beta1",  # which 1.20 knows; newer ones know v1
-                "kind": "Eviction",
-                "metadata": {"name": name, "namespace": NAMESPACE},
-            }
-            path = f"/api/v1/namespaces/{NAMESPACE}/pods/{name}/eviction"
-            self.cluster.kubectl("create", f"--raw={path}", "--filename=-", given=json.dumps(body))
+    def evict(self, pod: str) -> None:
+        """By the API that drains a node, too."""
+        body = {
+            "apiVersion": "policy/v1beta1",  # which 1.20 knows; newer ones know v1
+            "kind": "Eviction",
+            "metadata": {"name": pod, "namespace": NAMESPACE},
+        }
+        path = f"/api/v1/namespaces/{NAMESPACE}/pods/{pod}/eviction"
+        self.cluster.kubectl("create", f"--raw={path}", "--filename=-", given=json.dumps(body))
 
-        thread = threading.Thread(target=evict, name="evict", daemon=True)
-        thread.start()
-        return thread
+    def traffic(self) -> Traffic:
+        """Clients who leave the machine's cores to what trains."""
+        key, image = ensure_demo_key(self.settings), recorded_digits()[0]
+        return Traffic(self.gateway.url, key, image, clients=2, pause_s=0.2)
 
 
 @contextmanager
@@ -236,8 +240,8 @@ def training_rig(cluster: Cluster, image: str, pipeline_image: str, folder: Path
     )
     with (
         serve_postgresql() as socket,
-        _reachable_from_pods(ports.mlflow, f"TCP:127.0.0.1:{ports.mlflow}"),
-        _reachable_from_pods(postgresql_port, f"UNIX-CONNECT:{socket}/.s.PGSQL.5432"),
+        reachable_from_pods(ports.mlflow, f"TCP:127.0.0.1:{ports.mlflow}"),
+        reachable_from_pods(postgresql_port, f"UNIX-CONNECT:{socket}/.s.PGSQL.5432"),
         object_store("perch") as endpoint,
         pytest.MonkeyPatch.context() as environment,
     ):
@@ -314,7 +318,7 @@ def _project_for_one_core(folder: Path) -> Path:
 
 
 @contextmanager
-def _reachable_from_pods(port: int, where: str) -> Iterator[None]:
+def reachable_from_pods(port: int, where: str) -> Iterator[None]:
     """Pass connections to a port of the node's side of this machine on to what listens for this machine alone."""
     program = shutil.which("socat")
     if program is None:
