@@ -62,8 +62,9 @@ def test_role__of_what_starts_steps__is_for_pods_alone() -> None:
         (f"{RELEASE}-launcher", [("airflow", "airflow-worker"), ("airflow", "airflow-triggerer")]),
     ],
 )
-def test_role__its_bearers__are_those_named(role: str, bearers: list[tuple[str, str]]) -> None:
-    binding = rendering.find(rendering.documents("production"), "RoleBinding", role)
+@pytest.mark.parametrize("environment", ["staging", "production"])
+def test_role__its_bearers__are_those_named(role: str, bearers: list[tuple[str, str]], environment: str) -> None:
+    binding = rendering.find(rendering.documents(environment), "RoleBinding", role)
     assert binding["roleRef"]["name"] == role
     assert [(subject["namespace"], subject["name"]) for subject in binding["subjects"]] == bearers
 

@@ -11,15 +11,18 @@ from typing import Any
 import pytest
 import yaml
 
+from pipelines.object_storage.settings import S3Settings
 from pipelines.settings import Settings
 from tests.helm import rendering
 from tests.helm.rendering import NAMESPACE, PROJECT
 
-VALUES: dict[str, Any] = yaml.safe_load((PROJECT / "helm/airflow-values.yaml").read_text())
+TEXT = (PROJECT / "helm/airflow-values.yaml").read_text()
+VALUES: dict[str, Any] = yaml.safe_load(TEXT)
 DOCKERFILE = (PROJECT / "docker/airflow.Dockerfile").read_text()
 ENTRYPOINT = PROJECT / "docker/airflow-entrypoint.sh"
 ENVIRONMENT = {variable["name"]: variable["value"] for variable in VALUES["env"]}
 SECRETS = {known["envName"]: known for known in VALUES["secret"]}
+OPTIONAL = {known["name"]: known["valueFrom"]["secretKeyRef"] for known in yaml.safe_load(VALUES["extraEnv"])}
 
 
 def _in_the_image(variable: str) -> str:
@@ -95,8 +98,41 @@ def test_airflow__settings_of_perch__exist_and_say_what_the_chart_says() -> None
     assert f"{release}-engine" in accounts
 
 
-def test_airflow__in_production__may_do_what_its_tasks_do() -> None:
-    found = rendering.documents("production")
+def test_airflow__a_store_that_is_not_aws__is_written_out_to_be_switched_on() -> None:
+    """Commented entries, which whoever edits the file makes real: they have to be settings, and the steps' pods'."""
+    entries = yaml.safe_load("\n".join(re.findall(r"^  # (- \{name: .*)$", TEXT, re.MULTILINE)))
+    written = {known["name"] for known in entries}
+    assert written == {"PERCH_S3_ENDPOINT_URL", "PERCH_S3_REGION"}
+    assert {name.removeprefix("PERCH_S3_").lower() for name in written} <= set(S3Settings.model_fields)
+    found = rendering.documents("everything")
+    assert written <= set(rendering.find(found, "ConfigMap", f"{rendering.RELEASE}-settings")["data"])
+
+
+@pytest.mark.parametrize("environment", ["staging", "production"])
+def test_airflow__who_is_told_of_failures__is_told_by_airflow_and_by_the_steps_pods(environment: str) -> None:
+    """`FailureNotice` is sent by Airflow, `notify_team` by a step's pod, and the watchdog's by the chart."""
+    found = rendering.documents(environment)
+    watchdog = rendering.find(found, "Deployment", f"{rendering.RELEASE}-watchdog")
+    (container,) = watchdog["spec"]["template"]["spec"]["containers"]
+    reference = rendering.environment_of(container)["PERCH_NOTICE_URLS"]["secretKeyRef"]
+    assert OPTIONAL["PERCH_NOTICE_URLS"] == {**reference, "optional": True}
+    assert reference["key"] == "PERCH_NOTICE_URLS"  # by this name the steps' pods see it
+    assert reference["name"] in ENVIRONMENT["PERCH_POD_SECRETS"].split()
+
+
+@pytest.mark.parametrize("environment", ["staging", "production"])
+def test_airflow__secrets_of_the_steps_pods__are_there_in_the_environments_it_is_for(environment: str) -> None:
+    """A pod that is given all keys of a Secret which is not there does not start."""
+    made = {
+        known["spec"]["target"]["name"]
+        for known in rendering.of_kind(rendering.documents(environment), "ExternalSecret")
+    }
+    assert set(ENVIRONMENT["PERCH_POD_SECRETS"].split()) <= made
+
+
+@pytest.mark.parametrize("environment", ["staging", "production"])
+def test_airflow__in_an_environment__may_do_what_its_tasks_do(environment: str) -> None:
+    found = rendering.documents(environment)
     for name, parts in (("engine", {"worker"}), ("launcher", {"worker", "triggerer"})):
         subjects = rendering.find(found, "RoleBinding", f"{rendering.RELEASE}-{name}")["subjects"]
         assert {f"airflow-{part}" for part in parts} <= {subject["name"] for subject in subjects}
@@ -109,7 +145,7 @@ def test_airflow__its_secrets__are_named_and_not_written_out() -> None:
     assert SECRETS["PERCH_DATABASE_URL"]["secretKey"] == database["key"]
     assert {SECRETS[name]["secretName"] for name in SECRETS if name.startswith("AWS")} == {store}
     # As variables of the steps' pods the Secrets' keys have to be the variables' names.
-    assert set(ENVIRONMENT["PERCH_POD_SECRETS"].split()) == {database["existingSecret"], store}
+    assert {database["existingSecret"], store} <= set(ENVIRONMENT["PERCH_POD_SECRETS"].split())
     assert ENVIRONMENT["PERCH_POD_STAGING_SECRET"] == values["serving"]["apiKeys"]["ownSecret"]
     assert all(known["secretKey"] == name for name, known in SECRETS.items())
     assert not any(
@@ -122,13 +158,12 @@ def test_airflow__its_secrets__are_named_and_not_written_out() -> None:
 
 
 def test_airflow__database_for_trials__is_a_key_that_the_secret_may_lack() -> None:
-    (variable,) = yaml.safe_load(VALUES["extraEnv"])
-    assert variable["name"].removeprefix("PERCH_").lower() in Settings.model_fields
-    reference = variable["valueFrom"]["secretKeyRef"]
+    assert {name.removeprefix("PERCH_").lower() for name in OPTIONAL} <= set(Settings.model_fields)
+    reference = OPTIONAL["PERCH_TUNING_URL"]
     # The steps' pods take all keys of this Secret, by the same name.
     assert reference == {
         "name": SECRETS["PERCH_DATABASE_URL"]["secretName"],
-        "key": variable["name"],
+        "key": "PERCH_TUNING_URL",
         "optional": True,
     }
     assert reference["name"] in ENVIRONMENT["PERCH_POD_SECRETS"].split()
