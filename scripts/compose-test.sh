@@ -17,11 +17,10 @@ tag=compose-test
 work=$(mktemp -d)
 log=$work/log
 trap 'rm -rf "$work"' EXIT
-skip() {
-  if [ -s "$log" ]; then tail -n 20 "$log"; fi
-  echo "tests of compose.yaml skipped: $1"
-  exit 0
-}
+tests="tests of compose.yaml"
+# shellcheck source=scripts/whole-test.sh
+source scripts/whole-test.sh
+alone "$cache/compose-test.lock" "the Docker Engine of the tests and its images"
 [ "$(id -u)" -eq 0 ] || skip "a Docker Engine needs root"
 for program in buildah debootstrap nsenter unshare ip; do
   command -v "$program" >/dev/null || skip "$program is missing; scripts/debian-packages.sh --images installs it"
@@ -29,12 +28,6 @@ done
 mkdir -p "$cache"
 [ "$(df --output=avail --block-size=1G "$cache" | tail -n 1)" -ge 15 ] || skip "less than 15 GB are free for $cache"
 unshare --net --mount --pid --fork --mount-proc true 2>"$log" || skip "this machine lets even root have no namespaces"
-
-started=$SECONDS
-phase() {
-  printf '%7d s  %s\n' $((SECONDS - started)) "$1"
-  started=$SECONDS
-}
 
 # A Debian of its own for the engine, and one for the stand-ins, of which each is made once.  Debian unstable has the
 # PostgreSQL, Prometheus and Alertmanager nearest to the originals.

@@ -13,7 +13,7 @@ import pytest
 from pipelines.release.keys import create_key
 from pipelines.settings import Settings
 from tests.cluster.installed import installed, object_store
-from tests.cluster.kubernetes_cluster import Cluster, why_not
+from tests.cluster.kubernetes_cluster import SCRIPTS, Cluster, why_not
 from tests.cluster.kubernetes_rig import KubernetesRig
 from tests.integration.conftest import staged_release  # noqa: F401 - a fixture of these tests too
 from tests.integration.release_target_behaviour import PROJECT, make_release
@@ -70,6 +70,10 @@ def cluster() -> Iterator[Cluster]:
         miss("no Kubernetes can be started here", reason)
     if not IMAGE:
         miss("PERCH_SERVING_IMAGE and PERCH_SERVING_ARCHIVE name no image", "`make cluster-test` makes one")
+    if (_NODE_RUN / "pids").exists():  # another run's: what ends this one's would end it
+        pytest.fail(
+            f"a cluster is in {_NODE_RUN} already; where nobody needs it: bash {SCRIPTS}/down.sh", pytrace=False
+        )
     cluster = Cluster(_NODE_RUN, node=True)
     _PHASES.end("tests without a node")
     try:
