@@ -187,6 +187,18 @@ class KubernetesTarget:
         """
         return self._service_url(self._deployment(slot).process)
 
+    def pod_uids(self, slot: Slot) -> frozenset[str]:
+        """The pods that are in a slot with its release and have not been told to end.
+
+        Raises:
+            Refusal: nothing is in the slot.
+            TryLater: the API server does not answer.
+        """
+        deployment = self._deployment(slot)
+        pods = pods_of.current(self._pods(), deployment.process)
+        own = pods_of.with_release(pods, deployment.release.digest)
+        return frozenset(pod["metadata"]["uid"] for pod in own)
+
     # The record.
 
     @property

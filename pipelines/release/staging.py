@@ -41,6 +41,13 @@ class StagingPlace(Protocol):
         """Its own address."""
 
 
+class PodTarget(ReleaseTarget, Protocol):
+    """A target whose services are pods, which others may end: a drain, the scheduler, a person."""
+
+    def pod_uids(self, slot: Slot) -> frozenset[str]:
+        """The pods that are in a slot with its release and have not been told to end."""
+
+
 class SharedSlot:
     """The staging slot of a target that other machines use too; what is in it says whose turn it is.
 
@@ -53,10 +60,11 @@ class SharedSlot:
         limit_s: seconds that another run's release is given.
     """
 
-    def __init__(self, target: ReleaseTarget, limit_s: float) -> None:
+    def __init__(self, target: PodTarget, limit_s: float) -> None:
         self._target, self._limit_s = target, limit_s
         self._own: ReleaseRef | None = None
         self._is_there = False  # its own, unless another run has taken it away
+        self._pods: frozenset[str] = frozenset()  # that were ready
 
     def deploy(self, slot: Slot, release: ReleaseRef) -> None:
         """Put the release into the slot, once no other is in it."""
@@ -74,6 +82,7 @@ class SharedSlot:
             TryLater: not in time; that nobody looks at a release says nothing against it.
         """
         self._target.wait_ready(slot, timeout_s)
+        self._pods = self._target.pod_uids(slot)
         deadline = time.monotonic() + _SEEN_LIMIT_S
         while self._target.observe(slot) is None:
             if time.monotonic() > deadline:
@@ -82,6 +91,21 @@ class SharedSlot:
                     "  what to do: see that Prometheus is up, finds the pod, and is named by PERCH_PROMETHEUS_URL"
                 )
             time.sleep(_LOOK_AGAIN_S)
+
+    def require_same_pods(self, slot: Slot) -> None:
+        """Before a failed test counts: a pod that is being ended gives no answer, or a 503, whatever it serves.
+
+        A container that ended by itself is started again in its pod, and a pod that its node has put out stays listed:
+        those are the release's own failures.
+
+        Raises:
+            TryLater: a pod that was ready has been told to end, so that what was found says nothing.
+        """
+        if gone := self._pods - self._target.pod_uids(slot):
+            raise TryLater(
+                f"the service in the slot {slot}: {len(gone)} of {len(self._pods)} pods were ended while it was asked\n"
+                "  what to do: try again; a drain, the scheduler or a person ends pods, and Kubernetes makes others"
+            )
 
     def observe(self, slot: Slot) -> SlotCounters | None:
         """What it has counted."""
@@ -157,13 +181,15 @@ def stage_release(
         ready_timeout_s: seconds that the service has to become ready.
 
     Raises:
-        TryLater: the place does not answer, or the service was not ready in time.
+        TryLater: the place does not answer, the service was not ready in time, or its pod was ended while it was asked.
     """
     with open_key() as key:
         try:
             place.deploy(Slot.STAGING, release)
             place.wait_ready(Slot.STAGING, ready_timeout_s)
             tests = run_smoke_tests(place.slot_url(Slot.STAGING), key, expected, lambda: place.observe(Slot.STAGING))
+            if isinstance(place, SharedSlot) and not all(test.passed for test in tests):
+                place.require_same_pods(Slot.STAGING)
         except Refusal as refusal:
             tests = [SmokeTest("start", passed=False, value=refusal.value, limit="a service that takes requests")]
         finally:

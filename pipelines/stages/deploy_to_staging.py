@@ -194,14 +194,15 @@ def _open_place(settings: Settings) -> Iterator[tuple[StagingPlace, Callable[[],
     """
     from pipelines.core.api_keys import DEFAULT_FILE_NAME
     from pipelines.release.chosen_target import open_target
+    from pipelines.release.kubernetes_target import KubernetesTarget
     from pipelines.release.own_process import OwnProcess
     from pipelines.release.staging import SharedSlot, temporary_key
 
-    target = open_target(settings)
     if settings.target == "kubernetes":
         key = _require_key(settings)
-        yield SharedSlot(target, _STAGING_LIMIT_S), lambda: nullcontext(key)
+        yield SharedSlot(KubernetesTarget(settings), _STAGING_LIMIT_S), lambda: nullcontext(key)
         return
+    target = open_target(settings)
     given = os.environ.get("PERCH_SERVING_API_KEYS_FILE")
     keys_file = Path(given) if given else settings.home / DEFAULT_FILE_NAME
     with hold(settings.home / "release" / "staging.lock", wait_s=_STAGING_LIMIT_S):

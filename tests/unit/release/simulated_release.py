@@ -70,6 +70,7 @@ class SimulatedTarget:
         self.behaviour: dict[str, Behaviour] = {}
         self.failed = 0
         self.is_away = False
+        self.evictions = 0  # pods told to end, in whose place there is another now
         self.history: list[tuple[float, Routing]] = []
         self._clock = clock
         self._counters: dict[str, SlotCounters] = {}
@@ -148,6 +149,10 @@ class SimulatedTarget:
     def remove(self, slot: Slot) -> None:
         self._require()
         self.slots = self.slots.removed(slot)
+
+    def pod_uids(self, slot: Slot) -> frozenset[str]:
+        self._require()
+        return frozenset({f"{slot}-{self.evictions}"}) if slot in self.slots.slots else frozenset()
 
     def client_url(self) -> str:
         return "http://simulated"

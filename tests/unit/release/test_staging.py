@@ -21,6 +21,7 @@ from pipelines.core.workspace import Workspace
 from pipelines.errors import Refusal, TryLater
 from pipelines.release import smoke_tests, staging
 from pipelines.release.kubernetes_target import KubernetesTarget
+from pipelines.release.local_plan import Deployment
 from pipelines.release.smoke_tests import Expected, GoldenImage, run_smoke_tests
 from pipelines.release.staging import CALLER, SharedSlot, stage_release, temporary_key
 from pipelines.release.targets import ReleaseRef, Slot, SlotCounters
@@ -192,6 +193,50 @@ def test_shared_slot__nobody_knows_what_the_service_counts__is_to_be_tried_later
     with pytest.raises(TryLater, match="Prometheus"):
         stage_release(SharedSlot(target, 1), RELEASE, expected, open_key=partial(nullcontext, "key"), ready_timeout_s=1)
     assert Slot.STAGING not in target.state().slots
+
+
+@pytest.mark.parametrize("is_evicted", [True, False])
+def test_shared_slot__smoke_tests_failed__is_no_verdict_where_the_pod_was_ended_meanwhile(
+    expected: Expected, monkeypatch: pytest.MonkeyPatch, is_evicted: bool
+) -> None:
+    target = SimulatedTarget(Clock())
+    slot_url = target.slot_url
+
+    def evict(slot: Slot) -> str:  # after the service was ready and known
+        target.evictions += is_evicted
+        return slot_url(slot)
+
+    monkeypatch.setattr(target, "slot_url", evict)
+    place = SharedSlot(target, 1)
+    if is_evicted:
+        with pytest.raises(TryLater, match="1 of 1 pods were ended while it was asked"):
+            stage_release(place, RELEASE, expected, open_key=partial(nullcontext, "key"), ready_timeout_s=1)
+    else:  # the same answers of a pod that stayed: a release that ends at each request gives them, too
+        report = stage_release(place, RELEASE, expected, open_key=partial(nullcontext, "key"), ready_timeout_s=1)
+        assert "contract" in {test.name for test in report.failed}
+    assert Slot.STAGING not in target.state().slots
+
+
+def test_pod_uids__pods_of_the_slots_release__are_those_that_were_not_told_to_end(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def pod(uid: str, digest: str = RELEASE.digest, phase: str = "Running", **metadata: str) -> dict[str, object]:
+        labels, annotations = {"perch/server": "staging"}, {"perch/release-digest": digest}
+        return {
+            "metadata": {"uid": uid, "labels": labels, "annotations": annotations, **metadata},
+            "status": {"phase": phase},
+        }
+
+    target = KubernetesTarget(Settings(home=tmp_path, target="kubernetes"))
+    pods = [
+        pod("well"),
+        pod("put out by its node", phase="Failed"),
+        pod("drained", deletionTimestamp="2026-11-22T00:00:00Z"),
+        pod("of another release", "00" * 32),
+    ]
+    monkeypatch.setattr(target, "_pods", lambda: pods)
+    monkeypatch.setattr(target, "_deployment", lambda slot: Deployment(RELEASE, "serving-staging", 0))
+    assert target.pod_uids(Slot.STAGING) == {"well", "put out by its node"}
 
 
 def test_deploy_to_staging__release_target_is_a_cluster__takes_its_slot_and_a_standing_key(tmp_path: Path) -> None:
