@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import create_engine, text
+from sqlalchemy.exc import ProgrammingError
 
 from pipelines.core.workspace import Workspace
 from pipelines.registry.ledger import Ledger
@@ -29,13 +31,16 @@ from tests.cluster.outages import PROBED_AGAIN_S, drained_node, keep_one_pod, ki
 from tests.cluster.training_rig import LIMITS, NAMESPACE, ONE_CORE, RELEASING, TRAINING, TrainingRig, training_rig
 from tests.integration.conftest import PROJECT
 from tests.integration.postgresql_server import killed_postgresql
+from tests.integration.release_target_behaviour import wait_until
 from tests.missing_parts import miss
 
 PIPELINE_IMAGE = os.environ.get("PERCH_PIPELINE_IMAGE", "")
 PIPELINE_ARCHIVE = os.environ.get("PERCH_PIPELINE_ARCHIVE", "")
 EPOCHS, AS_OF = 12, "2026-11-01"
-IN_PODS, HERE, DISTURBED = "in-pods", "on-this-machine", "disturbed"
+IN_PODS, HERE, DISTURBED, TUNED = "in-pods", "on-this-machine", "disturbed", "tuned"
 DOWN_S = 10.0
+# Longer than what watches a pod is patient, and than the training still takes: it ends while nobody can see it.
+API_SERVER_DOWN_S = 90.0
 FORM = {"epochs": EPOCHS, "as_of": AS_OF}
 STEPS = pipeline_steps(Settings(project_dir=PROJECT))
 # What neither the reference model nor a measured speed has a say in.
@@ -195,6 +200,40 @@ def test_run_in_pods__store_and_database_killed_under_it__ends_with_the_same_wei
     require_whole_ledger(rig)
 
 
+def test_trials__shared_by_mapped_pods_and_their_database_killed__are_all_in_the_study_and_the_training_takes_the_best(
+    rig: TrainingRig, phases: Phases, tmp_path: Path
+) -> None:
+    rig.client().trigger(TRAINING, TUNED, {**FORM, "epochs": 3, "trials": 4, "parallel_trials": 2, "release": LIMITS})
+    rig.wait_for_pod(TUNED, "trials", "Running", limit_s=600)
+    wait_until(lambda: count_trials(rig) > 0)
+    with killed_postgresql(rig.postgresql):
+        time.sleep(DOWN_S)
+    rig.wait_for_state(TRAINING, TUNED, "model_training", "success", limit_s=600)
+    phases.end("trials in pods, their database killed under them, and a training with the best")
+    workspace = rig.fetch(TUNED, tmp_path)
+    trials = json.loads((workspace.tuning / "trials.json").read_text())["trials"]
+    print(f"trials: {trials}")
+    tasks = rig.client().tasks(TRAINING, TUNED)
+    assert len(trials) == 4
+    assert {trial["state"] for trial in trials} <= {"complete", "pruned"}, trials
+    assert tasks["collect_trials"].state == "success"
+    found = json.loads(workspace.result_file("model_training").read_text())
+    print(f"training: {found}")
+    rig.client().call("PATCH", f"/dags/{TRAINING}/dagRuns/{TUNED}", json={"state": "failed"})  # the rest is as ever
+    rig.wait_without_pods(TUNED)
+
+
+def count_trials(rig: TrainingRig) -> int:
+    engine = create_engine(rig.settings.tuning_url)
+    try:
+        with engine.connect() as connection:
+            return int(connection.execute(text("SELECT count(*) FROM trials")).scalar_one())
+    except ProgrammingError:  # no table yet
+        return 0
+    finally:
+        engine.dispose()
+
+
 def require_whole_ledger(rig: TrainingRig) -> None:
     ledger = Ledger(rig.settings.ledger_url)
     registered = [record for record in ledger.entries() if record.event == "registered"]
@@ -207,7 +246,7 @@ def take_away(part: str, rig: TrainingRig) -> None:
     """Have a part of Kubernetes gone for a while; it is back, and may have yet to find itself, at the end."""
     if part != "node":
         with killed(rig.cluster, part):
-            time.sleep(DOWN_S)
+            time.sleep(API_SERVER_DOWN_S if part == "kube-apiserver" else DOWN_S)
         return
     budgets = keep_one_pod(rig.cluster, NAMESPACE, Slot.STABLE)
     try:
@@ -232,6 +271,7 @@ def test_run_in_pods__part_of_kubernetes_gone_while_it_trains__ends_with_the_sam
     tasks = rig.client().tasks(TRAINING, part)
     tries = {name: task.try_number for name, task in tasks.items() if task.try_number > 1}
     print(f"{part}: {rig.durations(part)}, tries {tries}, {len(traffic.failed)} requests failed")
+    assert tries == ({"model_training": 2} if part == "node" else {})
     assert weights(rig.fetch(part, tmp_path)) == weights(in_pods)
     assert rig.pods(part) == []
     require_whole_ledger(rig)

@@ -245,16 +245,19 @@ def training_rig(cluster: Cluster, image: str, pipeline_image: str, folder: Path
         object_store("perch") as endpoint,
         pytest.MonkeyPatch.context() as environment,
     ):
-        make_database(socket, "perch")
-        database_url = f"postgresql+psycopg://perch@{HOST_SEEN_FROM_PODS}:{postgresql_port}/perch"
-        settings = settings.model_copy(update={"s3_endpoint_url": endpoint, "database_url": database_url})
+        for name in ("perch", "tuning"):
+            make_database(socket, name)
+        server = f"postgresql+psycopg://perch@{HOST_SEEN_FROM_PODS}:{postgresql_port}"
+        databases = {"PERCH_DATABASE_URL": f"{server}/perch", "PERCH_TUNING_URL": f"{server}/tuning"}
+        own = {"database_url": databases["PERCH_DATABASE_URL"], "tuning_url": databases["PERCH_TUNING_URL"]}
+        settings = settings.model_copy(update={"s3_endpoint_url": endpoint, **own})
         account = {"name": LAUNCHER, "namespace": NAMESPACE}
         settings.home.mkdir()
         signing_key(settings, make=True)
         keys = {name: (settings.keys_dir / name).read_bytes() for name in ("release.pem", "release.pub")}
         objects = (
             {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": account},
-            secret(NAMESPACE, DATABASE, {"PERCH_DATABASE_URL": database_url.encode()}),
+            secret(NAMESPACE, DATABASE, {name: url.encode() for name, url in databases.items()}),
             secret(NAMESPACE, SIGNING, keys),
         )
         repository, _, tag = pipeline_image.rpartition(":")
@@ -284,7 +287,7 @@ def training_rig(cluster: Cluster, image: str, pipeline_image: str, folder: Path
                 "PERCH_POD_SIGNING_SECRET": SIGNING,
                 "PERCH_POD_STAGING_SECRET": OWN_KEYS,
                 "PERCH_POD_SERVICE_ACCOUNT": f"{RELEASE}-pipeline",
-                "PERCH_DATABASE_URL": database_url,
+                **databases,
                 "PERCH_S3_ENDPOINT_URL": endpoint,
                 "PERCH_RUNS_URL": settings.runs_url,
                 "PERCH_RELEASES_URL": settings.releases_url,
