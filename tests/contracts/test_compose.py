@@ -198,6 +198,13 @@ def test_settings_of_airflow__that_are_set__exist() -> None:
         assert option in known[section]["options"], variable
 
 
+def test_memory__of_what_trains__is_limited_and_the_database_is_ended_last() -> None:
+    limits = {name: resolved(service["mem_limit"]) for name, service in SERVICES.items() if "mem_limit" in service}
+    assert limits.pop("airflow-scheduler") == "6g"  # the local runner's steps are its children
+    assert limits == dict.fromkeys(("mlflow", "airflow-api", "airflow-triggerer", "airflow-dag-processor"), "2g")
+    assert SERVICES["postgres"]["oom_score_adj"] < 0
+
+
 @each_service
 def test_mounts__of_each_service__are_there(name: str) -> None:
     for target, mount in mounts(name).items():
