@@ -69,9 +69,9 @@ def downgrade(
 def _with_database(action: Callable[[Database], T]) -> T:
     from sqlalchemy.exc import OperationalError
 
+    from pipelines.core.patience import be_patient
     from pipelines.registry.database import Database
     from pipelines.registry.migration import MIGRATION_LIMIT_S
-    from pipelines.registry.patience import be_patient
     from pipelines.settings import get_settings
 
     database = Database(get_settings().ledger_url, wait_s=MIGRATION_LIMIT_S)

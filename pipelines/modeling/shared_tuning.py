@@ -8,7 +8,7 @@ be repeated to the bit: each was chosen by what the others had found by then.
 from __future__ import annotations
 
 import json
-import time
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -17,7 +17,9 @@ import optuna
 import pytorch_lightning as pl
 from optuna.trial import TrialState
 
-from pipelines.errors import Refusal, TryLater
+from pipelines.core.connection_deadline import Deadline
+from pipelines.core.patience import be_patient
+from pipelines.errors import Refusal
 from pipelines.modeling.callbacks import MONITORED, EpochHistory
 from pipelines.modeling.progress import TrainingProgress
 from pipelines.modeling.search_space import configured_values, hyperparameters, search_space, with_hyperparameters
@@ -29,9 +31,10 @@ from pipelines.params import ModelTrainingParams
 
 ResultT = TypeVar("ResultT")
 
-_SHARE, _METRICS, _STATE = "perch_share", "perch_metrics", "perch_state"
-_TRIES = 5
-_PAUSE_S = 1.0
+_SHARE, _MARK, _METRICS, _STATE = "perch_share", "perch_mark", "perch_metrics", "perch_state"
+_STATES = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "fail": TrialState.FAIL}
+_LIMIT_S = 30  # for a connection, and again for all that is asked over it
+_DEADLINE = "perch_deadline"
 
 
 def run_share(
@@ -56,11 +59,8 @@ def run_share(
     """
     wanted = len(range(share, params.trials, of))
     with _open(url, name) as study:
-        own = [trial for trial in _answered(study.get_trials) if trial.user_attrs.get(_SHARE) == share]
-        for trial in own:
-            if trial.state == TrialState.RUNNING:  # of this share's process that was killed
-                _answered(lambda number=trial.number: study.tell(number, state=TrialState.FAIL))  # type: ignore[misc]
-        done = sum(_STATE in trial.user_attrs for trial in own)
+        _answered(lambda: _end_unfinished(study, share))  # of this share's process that was killed
+        done = sum(_STATE in trial.user_attrs for trial in _answered(lambda: _trials_of(study, share)))
         for index in range(done, wanted):
             sampler: optuna.samplers.BaseSampler = make_sampler(
                 derive_seed(seed, "share", share, index) % 2**32, constant_liar=True
@@ -95,8 +95,7 @@ def collect_trials(url: str, name: str) -> list[TrialRecord]:
 def _run_trial(
     data: TrainingData, params: ModelTrainingParams, study: optuna.Study, *, share: int, title: str, seed: int
 ) -> None:
-    trial = _answered(lambda: study.ask(dict(search_space(params))))
-    _answered(lambda: trial.set_user_attr(_SHARE, share))
+    trial = _answered(lambda: _begin_trial(params, study, share))
     values = {name: float(value) for name, value in trial.params.items()}
     tried = with_hyperparameters(params, hyperparameters(params, values)).model_copy(
         update={"epochs": params.trial_epochs}
@@ -112,23 +111,51 @@ def _run_trial(
     except Refusal:
         state = "fail"  # a diverging loss is an answer about these values, not about the data
 
-    def record() -> None:
-        trial.set_user_attr(_METRICS, json.dumps(history.best if history.records else {}))
-        trial.set_user_attr(_STATE, state)  # with it the trial counts
-        if state == "complete":
-            study.tell(trial, history.best[MONITORED], skip_if_finished=True)
-        else:
-            told = TrialState.PRUNED if state == "pruned" else TrialState.FAIL
-            study.tell(trial, state=told, skip_if_finished=True)
+    # Each by itself: of a trial that is told, nothing can be set any more, and the answer to telling may get lost.
+    metrics = history.best if history.records else {}
+    _answered(lambda: trial.set_user_attr(_METRICS, json.dumps(metrics)))
+    _answered(lambda: trial.set_user_attr(_STATE, state))  # with it the trial counts
+    _answered(lambda: _tell(study, trial.number, state, metrics))
 
-    _answered(record)
+
+def _begin_trial(params: ModelTrainingParams, study: optuna.Study, share: int) -> optuna.Trial:
+    """Begin a trial of a share, and end what an earlier attempt, of which no answer came, left of it.
+
+    `Study.ask` makes a trial and returns it: where it is made and the answer lost, nobody knows whose it is, and the
+    samplers of all shares count it as at work.  So the trial says whose it is in the transaction that makes it.
+    """
+    mark = secrets.token_hex(8)
+    study.add_trial(optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs={_SHARE: share, _MARK: mark}))
+    begun = [trial for trial in _trials_of(study, share) if trial.user_attrs.get(_MARK) == mark]
+    _end_unfinished(study, share, but=begun[0].number)
+    trial = optuna.Trial(study, begun[0]._trial_id)  # as `ask` makes it
+    for name, wanted in search_space(params).items():
+        trial.suggest_float(name, wanted.low, wanted.high, log=wanted.log)
+    return trial
+
+
+def _end_unfinished(study: optuna.Study, share: int, *, but: int | None = None) -> None:
+    """End the trials of a share that nobody is at work on: all that run, but for one."""
+    for trial in _trials_of(study, share):
+        if trial.state == TrialState.RUNNING and trial.number != but:
+            state = trial.user_attrs.get(_STATE, "fail")
+            _tell(study, trial.number, state, json.loads(trial.user_attrs.get(_METRICS, "{}")))
+
+
+def _trials_of(study: optuna.Study, share: int) -> list[optuna.trial.FrozenTrial]:
+    return [trial for trial in study.get_trials() if trial.user_attrs.get(_SHARE) == share]
+
+
+def _tell(study: optuna.Study, number: int, state: str, metrics: dict[str, float]) -> None:
+    """Tell how a trial ended; once more has no effect."""
+    study.tell(number, metrics[MONITORED] if state == "complete" else None, state=_STATES[state], skip_if_finished=True)
 
 
 @contextmanager
 def _open(url: str, name: str) -> Iterator[optuna.Study]:
     """The study, made if need be; several processes may come first at once."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    storage = _answered(lambda: optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True}))
+    storage = _answered(lambda: optuna.storages.RDBStorage(url, engine_kwargs=_engine_arguments(url)))
     try:
         yield _answered(
             lambda: optuna.create_study(storage=storage, study_name=name, pruner=make_pruner(), load_if_exists=True)
@@ -138,19 +165,39 @@ def _open(url: str, name: str) -> Iterator[optuna.Study]:
         storage.engine.dispose()
 
 
+def _engine_arguments(url: str) -> dict[str, Any]:
+    """Arguments of SQLAlchemy's engine, with which nothing that is asked of PostgreSQL waits for ever."""
+    from sqlalchemy import make_url
+    from sqlalchemy.pool import NullPool
+
+    # A connection per transaction, as the ledger has it: one that was kept may have been lost in a trial's minutes.
+    if make_url(url).get_backend_name() != "postgresql":
+        return {"poolclass": NullPool}
+
+    def limit(connection: Any, record: Any) -> None:
+        record.info[_DEADLINE] = Deadline(connection.fileno(), _LIMIT_S)
+        # The server's side of the same limit: a client that vanished must not keep the study's lock.
+        for name in ("statement_timeout", "idle_in_transaction_session_timeout"):
+            connection.execute(f"SET {name} = '{_LIMIT_S}s'")
+        connection.commit()
+
+    def cancel(_connection: object, record: Any) -> None:
+        if deadline := record.info.pop(_DEADLINE, None):
+            deadline.cancel()
+
+    return {
+        "poolclass": NullPool,
+        "pool_events": [(limit, "connect"), (cancel, "close")],
+        "connect_args": {"connect_timeout": _LIMIT_S},
+    }
+
+
 def _answered(ask: Callable[[], ResultT]) -> ResultT:
     """Ask the database again where it did not answer, or where another process made the same tables just now."""
     from sqlalchemy.exc import SQLAlchemyError
 
-    failure: Exception | None = None
-    for _ in range(_TRIES):
-        try:
-            return ask()
-        except (optuna.exceptions.StorageInternalError, SQLAlchemyError) as error:
-            failure = error
-            time.sleep(_PAUSE_S)
-    cause: Any = failure.__cause__ or failure if failure else ""
-    raise TryLater(
-        f"the database of tuning does not answer: {str(cause).splitlines()[0]}\n"
-        "  what to do: see that PERCH_TUNING_URL is right and its server up, then try again; finished trials are kept"
-    ) from failure
+    return be_patient(
+        ask,
+        transient=lambda error: isinstance(error, optuna.exceptions.StorageInternalError | SQLAlchemyError),
+        name="the database of tuning (PERCH_TUNING_URL)",
+    )

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote, urlsplit
 
+from pipelines.core.patience import be_patient
 from pipelines.errors import PerchError
 from pipelines.registry.mlflow_database import ensure_database
 from pipelines.registry.mlflow_import import import_mlflow
-from pipelines.registry.patience import be_patient
 from pipelines.settings import Settings
 
 if TYPE_CHECKING:

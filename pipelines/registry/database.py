@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import socket
 import sqlite3
-import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.core.connection_deadline import Deadline
 from pipelines.errors import Refusal
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
 
 SQLITE_WAIT_S = 30.0
+_DEADLINE = "perch_deadline"
 
 
 class Database:
@@ -132,7 +130,7 @@ def _create_postgresql_engine(url: str, limit_s: int) -> Engine:
     @event.listens_for(engine, "do_connect")
     def _connect(dialect: Any, record: Any, arguments: Any, options: Any) -> Any:
         connection = dialect.connect(*arguments, **options)
-        record.info[_DEADLINE] = _Deadline(connection.fileno(), limit_s)
+        record.info[_DEADLINE] = Deadline(connection.fileno(), limit_s)
         return connection
 
     @event.listens_for(engine, "close")
@@ -148,37 +146,3 @@ def _create_postgresql_engine(url: str, limit_s: int) -> Engine:
             connection.exec_driver_sql(f"SET LOCAL {name} = '{limit_s}s'")
 
     return engine
-
-
-_DEADLINE = "perch_deadline"
-
-
-class _Deadline:
-    """Breaks a connection at a time, so that whoever waits for its answer gets an error.
-
-    The driver itself waits for an answer for ever: a server that hangs keeps its connections up.
-
-    Args:
-        descriptor: of the connection's socket.
-        limit_s: from now.
-    """
-
-    def __init__(self, descriptor: int, limit_s: float) -> None:
-        # A descriptor of our own: the driver's may be closed, and its number be another file's, when the time comes.
-        self._socket = socket.socket(fileno=os.dup(descriptor))
-        self._lock = threading.Lock()
-        self._timer = threading.Timer(limit_s, self._break)
-        self._timer.daemon = True
-        self._timer.start()
-
-    def cancel(self) -> None:
-        """Leave the connection as it is."""
-        self._timer.cancel()
-        with self._lock:
-            self._socket.close()
-
-    def _break(self) -> None:
-        with self._lock, contextlib.suppress(OSError):  # closed, or broken already
-            self._socket.shutdown(socket.SHUT_RDWR)
-        with self._lock:
-            self._socket.close()

@@ -12,9 +12,9 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pipelines.core.hash_chain import Record, canonical_json, find_breaks, link
+from pipelines.core.patience import be_patient
 from pipelines.errors import Refusal
 from pipelines.registry.database import Database
-from pipelines.registry.patience import be_patient
 from pipelines.registry.schema import LEDGER, metadata
 from pipelines.registry.transactions import reading, writing
 

@@ -18,10 +18,10 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipelines.core.hash_chain import canonical_json
+from pipelines.core.patience import be_patient
 from pipelines.core.rollout_rows import RolloutRow, StaleRolloutError
 from pipelines.errors import Refusal, TryLater
 from pipelines.registry.database import SQLITE_WAIT_S, Database
-from pipelines.registry.patience import be_patient
 from pipelines.registry.schema import ROLLOUTS, metadata
 from pipelines.registry.transactions import reading, writing
 

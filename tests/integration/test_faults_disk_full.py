@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.core import patience
 from pipelines.errors import TryLater
-from pipelines.registry import patience
 from pipelines.registry.ledger import Ledger
 from pipelines.registry.rollout_table import RolloutTable
 from pipelines.release.local_layout import LocalPorts, SlotPorts

@@ -3,103 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Literal
-from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from sqlalchemy import create_engine, text
 
+from pipelines.core import patience
 from pipelines.core.rollout_rows import RolloutRow
 from pipelines.errors import TryLater
 from pipelines.registry import ledger as ledger_module
-from pipelines.registry import patience
 from pipelines.registry.database import Database
 from pipelines.registry.ledger import Ledger
 from pipelines.registry.rollout_table import RolloutTable
+from tests.integration.postgresql_proxy import Fault, Proxy
 from tests.integration.postgresql_server import execute
 
 pytestmark = pytest.mark.services
-
-Fault = Literal["none", "lose the question", "lose the answer", "stall"]
-
-_GOODBYE = b"X\0\0\0\4"
-
-
-class Proxy:
-    """Passes connections on to PostgreSQL's Unix socket, and does one fault to one question of a client.
-
-    Attributes:
-        questions: writes of clients that were seen since the fault was set.
-    """
-
-    def __init__(self, server: str) -> None:
-        self._server = server
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
-        self.questions = 0
-        self._fault: Fault = "none"
-        self._at = 0
-        self._open: list[socket.socket] = []
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def set(self, fault: Fault, at: int = 0) -> None:
-        """Do `fault` to question number `at` from now on, counted from 1, once."""
-        self.questions, self._fault, self._at = 0, fault, at
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        for end in self._open:
-            end.close()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                server = socket.socket(socket.AF_UNIX)
-                server.connect(self._server)
-                self._open += [client, server]
-                answers = threading.Event()
-                answers.set()
-                threading.Thread(target=self._pass_questions, args=(client, server, answers), daemon=True).start()
-                threading.Thread(target=self._pass_answers, args=(server, client, answers), daemon=True).start()
-
-    def _pass_questions(self, client: socket.socket, server: socket.socket, answers: threading.Event) -> None:
-        with contextlib.suppress(OSError):
-            while data := client.recv(65536):
-                if data == _GOODBYE:  # may come after the call that is looked at has ended
-                    server.sendall(data)
-                    continue
-                self.questions += 1
-                fault = self._fault if self.questions == self._at else "none"
-                if fault == "lose the question":
-                    break
-                if fault == "stall":
-                    continue  # neither passed on nor refused
-                if fault == "lose the answer":
-                    answers.clear()
-                server.sendall(data)
-        _shut(client, server)
-
-    @staticmethod
-    def _pass_answers(server: socket.socket, client: socket.socket, answers: threading.Event) -> None:
-        with contextlib.suppress(OSError):
-            while data := server.recv(65536):
-                if not answers.is_set():
-                    break
-                client.sendall(data)
-        _shut(client, server)
-
-
-def _shut(*ends: socket.socket) -> None:
-    for end in ends:
-        with contextlib.suppress(OSError):
-            end.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.fixture(autouse=True)
@@ -114,15 +34,14 @@ def url(postgresql_url: str) -> str:
 
 @pytest.fixture
 def proxy(url: str) -> Iterator[Proxy]:
-    proxy = Proxy(f"{parse_qs(urlsplit(url).query)['host'][0]}/.s.PGSQL.5432")
+    proxy = Proxy.before(url)
     yield proxy
     proxy.close()
 
 
 @pytest.fixture
 def proxied(proxy: Proxy, url: str) -> str:
-    name = urlsplit(url).path
-    return f"postgresql+psycopg://perch@127.0.0.1:{proxy.port}{name}?sslmode=disable&gssencmode=disable"
+    return proxy.url(url)
 
 
 def count_connections(url: str) -> int:

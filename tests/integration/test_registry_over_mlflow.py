@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 
+from pipelines.core import patience
 from pipelines.core.workspace import Workspace
 from pipelines.params import Params
-from pipelines.registry import patience
 from pipelines.registry.connection import Mlflow, with_mlflow
 from pipelines.registry.ledger import Ledger
 from pipelines.registry.models import find_disagreements, list_versions, read_card

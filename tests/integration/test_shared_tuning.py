@@ -9,15 +9,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from pipelines.core import patience
 from pipelines.errors import TryLater
 from pipelines.params import ModelTrainingParams, SmallCNNParams
 from pipelines.runs.workspaces import find_workspace
 from pipelines.settings import Settings
+from tests.integration.postgresql_proxy import Proxy
+from tests.integration.postgresql_server import execute
 
 PROJECT = Path(__file__).parents[2]
 TRIALS = 6
@@ -123,10 +127,78 @@ def test_share__killed_in_a_trial_and_started_again__runs_what_is_missing(postgr
     engine.dispose()
 
 
+@pytest.fixture
+def proxy(postgresql_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    monkeypatch.setattr(patience, "_FIRST_PAUSE_S", 0.01)
+    proxy = Proxy.before(postgresql_url)
+    yield proxy
+    proxy.close()
+
+
+def run_two_trials(url: str) -> int:
+    from pipelines.modeling.shared_tuning import run_share
+
+    params = PARAMS.model_copy(update={"trials": 2})
+    return run_share(training_data(), params, seed=7, url=url, name="run 1", share=0, of=1)
+
+
+def states_of(url: str) -> list[str]:
+    """How the trials of the only study ended, those that count first."""
+    from sqlalchemy import create_engine, text
+
+    counted = "EXISTS (SELECT 1 FROM trial_user_attributes a WHERE a.trial_id = t.trial_id AND a.key = 'perch_state')"
+    engine = create_engine(url)
+    with engine.connect() as connection:
+        query = f"SELECT {counted}, CAST(state AS text) FROM trials t ORDER BY number"
+        rows = connection.execute(text(query)).all()
+    engine.dispose()
+    assert all(state in {"COMPLETE", "PRUNED"} if counts else state == "FAIL" for counts, state in rows), rows
+    return [state for counts, state in rows if counts]
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        b"INSERT INTO trials",
+        pytest.param(b"INSERT INTO trial_params", marks=pytest.mark.slow),
+        pytest.param(b"INSERT INTO trial_intermediate_values", marks=pytest.mark.slow),
+        b"INSERT INTO trial_user_attributes",
+        b"UPDATE trials SET state",
+    ],
+    ids=lambda word: word.decode().split()[-1] if b"UPDATE" not in word else "told",
+)
+def test_share__answer_to_a_commit_lost__runs_each_trial_once_and_leaves_none_at_work(
+    postgresql_url: str, proxy: Proxy, word: bytes
+) -> None:
+    proxy.lose_commits_after(word, 2)
+    assert run_two_trials(proxy.url(postgresql_url)) == 2
+    assert proxy.left == 0
+    assert len(states_of(postgresql_url)) == 2
+
+
+def test_share__server_falls_silent__asks_again_over_another_connection(
+    postgresql_url: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipelines.modeling import shared_tuning
+
+    monkeypatch.setattr(shared_tuning, "_LIMIT_S", 2)
+    proxy.set("none")
+    run_two_trials(proxy.url(postgresql_url))
+    questions = proxy.questions
+    execute(postgresql_url, "TRUNCATE studies CASCADE")
+    proxy.set("stall", questions // 2)
+    began = time.monotonic()
+    assert run_two_trials(proxy.url(postgresql_url)) == 2
+    assert proxy.questions > questions // 2
+    assert 2 < time.monotonic() - began < 30
+    assert len(states_of(postgresql_url)) == 2
+
+
 def test_collect__no_database__may_be_tried_later(monkeypatch: pytest.MonkeyPatch) -> None:
     from pipelines.modeling import shared_tuning
 
-    monkeypatch.setattr(shared_tuning, "_PAUSE_S", 0.0)
+    monkeypatch.setattr(patience, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(patience, "_FIRST_PAUSE_S", 0.01)
     with pytest.raises(TryLater, match="PERCH_TUNING_URL"):
         shared_tuning.collect_trials("postgresql+psycopg://perch@127.0.0.1:9/tuning", "run 1")
 

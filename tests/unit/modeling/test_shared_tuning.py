@@ -8,6 +8,7 @@ from typing import Any
 import optuna
 import pytest
 
+from pipelines.core import patience
 from pipelines.errors import TryLater
 from pipelines.modeling import shared_tuning
 from pipelines.params import ModelTrainingParams, SmallCNNParams
@@ -33,7 +34,8 @@ def failing(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(optuna.storages.RDBStorage, name, fail)
-    monkeypatch.setattr(shared_tuning, "_PAUSE_S", 0.0)
+    monkeypatch.setattr(patience, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(patience, "_FIRST_PAUSE_S", 0.01)
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.core import patience
 from pipelines.core.hash_chain import GENESIS, Record
 from pipelines.errors import Refusal, TryLater
-from pipelines.registry import patience
 from pipelines.registry.ledger import Ledger
 
 FIELDS = ", ".join(Record.__dataclass_fields__)

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from pipelines.core import patience
 from pipelines.core.workspace import Workspace
 from pipelines.errors import Refusal, TryLater
 from pipelines.params import Params, check_params
-from pipelines.registry import patience, tracking
+from pipelines.registry import tracking
 from pipelines.registry.connection import Mlflow, with_mlflow
 from pipelines.settings import Settings
 

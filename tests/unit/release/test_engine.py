@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.core import patience
 from pipelines.core.rollout_rows import StaleRolloutError
 from pipelines.errors import Refusal, TryLater
-from pipelines.registry import patience
 from pipelines.release.approvals import Response
 from pipelines.release.engine import ReleaseRequest
 from pipelines.release.rollback import roll_back
