@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import yaml
-from helm_python import Chart, Config
+from helm_python import Chart, Config, HelmError
 from kubernetes.client import ApiException
 
 from pipelines.errors import TryLater
@@ -264,6 +264,42 @@ def test_chart__upgraded_and_rolled_back__exchanges_pods_and_moves_neither_relea
     after = installed.decided_by_the_engine()
     helm.upgrade("v3")
     assert installed.decided_by_the_engine() == after
+
+
+def _routes(helm: Helm, cluster: Cluster) -> list[str]:
+    found = json.loads(cluster.kubectl("get", "httproutes", "--namespace", helm.namespace, "--output=json"))["items"]
+    return [route["metadata"]["name"] for route in found]
+
+
+def test_chart__whose_first_installation_failed__has_its_route_after_an_upgrade(
+    helm: Helm, control_plane: Cluster
+) -> None:
+    """`helm install --wait` gave up: hooks after an installation did not run, and those of an upgrade have to."""
+    with Chart.load(CHART) as chart, pytest.raises(HelmError):
+        helm.config.install(chart, RELEASE, helm.values("v1"), namespace=helm.namespace, wait="watcher", timeout=5)
+    assert _routes(helm, control_plane) == []
+    helm.upgrade("v2")
+    assert _routes(helm, control_plane) == [ROUTE]
+    helm.upgrade("v3")
+    assert _routes(helm, control_plane) == [ROUTE]
+
+
+def test_chart__under_a_release_whose_record_was_taken_away__does_not_say_that_there_is_none(
+    installed: Installed, helm: Helm, control_plane: Cluster
+) -> None:
+    released(installed)
+    before = {server: installed.deployment(server)["spec"]["replicas"] for server in SERVERS}
+    record = json.loads(installed.kubectl("get", "httproute", ROUTE, "--output=json"))
+    installed.kubectl("delete", "httproute", ROUTE)
+    helm.upgrade("v2")
+    assert _routes(helm, control_plane) == []
+    # Put back, as it has to be, it is what it was.
+    for key in ("resourceVersion", "uid", "creationTimestamp", "generation"):
+        record["metadata"].pop(key)
+    control_plane.apply([record])
+    assert dict(installed.target.state().slots) == {Slot.STABLE: ref(1), Slot.CANARY: ref(2)}
+    assert installed.target.state().routing == Routing(10)
+    assert {server: installed.deployment(server)["spec"]["replicas"] for server in SERVERS} == before
 
 
 def test_chart__removed_and_installed_again__begins_anew(

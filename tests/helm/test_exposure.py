@@ -44,10 +44,15 @@ def test_route__before_any_release__leads_to_a_service_that_never_has_pods(envir
 
 @each_environment
 def test_route__is_made_once__and_never_taken_back(environment: str) -> None:
-    """A hook is no part of the release's manifest: upgrades, rollbacks and removals leave it."""
+    """A hook is no part of the release's manifest: upgrades, rollbacks and removals leave it.
+
+    An upgrade makes it after an installation that failed; that none is made beside a release, tests/cluster has.
+    """
     annotations = route(environment)["metadata"]["annotations"]
-    assert annotations["helm.sh/hook"] == "post-install"
+    assert annotations["helm.sh/hook"] == "post-install,post-upgrade"
     assert annotations["helm.sh/resource-policy"] == "keep"
+    # Where each sync renders it without looking what is there, nothing makes it but a person.
+    assert annotations["argocd.argoproj.io/hook"] == "Skip"
 
 
 def test_route__not_wanted__is_not_made() -> None:
