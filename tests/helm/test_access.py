@@ -170,6 +170,25 @@ def test_network__out_of_a_component__is_open_for_what_it_asks(component: str, e
     assert _allowed("egress", component) == expected
 
 
+@pytest.mark.parametrize(
+    ("uri", "port"),
+    [
+        ("http://tracking.example.org:5000", 5000),
+        ("https://tracking.example.org:8443/mlflow", 8443),
+        ("https://tracking.example.org", 443),
+        ("http://tracking.example.org/", 80),
+        ("http://[2001:db8::1]:5001", 5001),
+        ("http://[2001:db8::1]", 80),
+    ],
+)
+@pytest.mark.parametrize("component", ["watchdog", "pipeline"])
+def test_network__to_an_mlflow_elsewhere__is_open_at_its_port(component: str, uri: str, port: int) -> None:
+    values = rendering.values_of("default", mlflow={"enabled": False, "externalUri": uri})
+    policy = rendering.find(rendering.render(values), "NetworkPolicy", f"{RELEASE}-{component}")
+    opened = [rule["ports"] for rule in policy["spec"]["egress"] if "to" not in rule]
+    assert [{"protocol": "TCP", "port": port}] in opened
+
+
 @pytest.mark.parametrize("environment", ["production", "everything"])
 def test_network__between_components__is_open_at_both_ends(environment: str) -> None:
     components = ("serving", "watchdog", "pipeline", "mlflow", "setup")

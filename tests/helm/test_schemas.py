@@ -16,7 +16,7 @@ from tests.helm.rendering import CHART, ENVIRONMENTS, KUBERNETES, NAMESPACE, REL
 
 each_environment = pytest.mark.parametrize("environment", [*ENVIRONMENTS, "everything"])
 
-# No schema of these comes with Kubernetes: they are checked by path, in test_exposure.py and test_observability.py.
+# No schema of these comes with Kubernetes: they are checked by path, in test_exposure.py.
 CUSTOM = {
     "gateway.networking.k8s.io/v1/Gateway",
     "gateway.networking.k8s.io/v1/HTTPRoute",

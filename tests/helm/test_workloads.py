@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+from helm_python import Chart, HelmRenderError
 
 from pipelines.object_storage.settings import S3Settings
+from pipelines.params import load_params
 from pipelines.settings import Settings
 from serving.metrics import ROUTES
 from serving.settings import ServingSettings
@@ -92,7 +95,38 @@ def test_containers__their_resources__are_asked_for_and_bounded(environment: str
     for name, template in pods(environment):
         for container in rendering.containers(template):
             for side in ("requests", "limits"):
-                assert set(container["resources"][side]) == {"cpu", "memory"}, name
+                assert set(container["resources"][side]) == {"cpu", "memory", "ephemeral-storage"}, name
+
+
+def _mebibytes(size: str) -> int:
+    return int(size[:-2]) * {"Mi": 1, "Gi": 1024, "Ti": 1024**2}[size[-2:]]
+
+
+@each_environment
+def test_containers__the_disk_they_may_take__is_what_their_volumes_may_hold(environment: str) -> None:
+    """A pod is evicted beyond the sum of its containers' limits, whatever its volumes' own limits say."""
+    for name, template in pods(environment):
+        volumes = sum(
+            _mebibytes(known["emptyDir"]["sizeLimit"]) for known in template["spec"]["volumes"] if "emptyDir" in known
+        )
+        for container in rendering.containers(template):
+            resources = container["resources"]
+            assert resources["requests"]["ephemeral-storage"] == resources["limits"]["ephemeral-storage"], name
+            # And its logs: a kubelet keeps five files of 10 MiB.
+            assert volumes + 50 < _mebibytes(resources["limits"]["ephemeral-storage"]) <= volumes + 128, name
+
+
+def test_containers__other_volumes_or_a_limit_of_ones_own__are_what_counts() -> None:
+    small = {"volumes": {"release": "512Mi", "home": "1Gi", "tmp": "1024Ki"}}
+    own = {"limits": {"ephemeral-storage": "9Gi"}}
+    found = rendering.render(rendering.values_of("default", serving={**small, "resources": own}))
+    spec = rendering.find(found, "Deployment", f"{RELEASE}-serving-a")["spec"]["template"]["spec"]
+    disks = [
+        container["resources"][side]["ephemeral-storage"]
+        for container in (*spec["initContainers"], *spec["containers"])
+        for side in ("requests", "limits")
+    ]
+    assert disks == ["1665Mi", "1665Mi", "1665Mi", "9Gi"]
 
 
 @each_environment
@@ -285,6 +319,38 @@ def test_server__its_autoscaler_and_its_budget__are_those_asked_for(server: str)
     }
     assert rendering.find(found, "PodDisruptionBudget", name)["spec"]["minAvailable"] == 2
     assert len(rendering.of_kind(found, "HorizontalPodAutoscaler", "PodDisruptionBudget")) == 4
+
+
+@pytest.mark.parametrize("environment", ["default", "staging", "production"])
+def test_autoscaler__while_a_canary_takes_the_traffic__leaves_stable_what_a_rollback_needs(environment: str) -> None:
+    """From the first step on stable has less to do; had it fewer pods by then, a rollback would send them everybody."""
+    rollout = load_params(PROJECT / "params.yaml").model_release
+    steps_s = len(rollout.canary_percents) * rollout.min_step_s
+    found = rendering.of_kind(rendering.documents(environment), "HorizontalPodAutoscaler")
+    assert len(found) == 2
+    for scaler in found:
+        assert scaler["spec"]["behavior"]["scaleDown"]["stabilizationWindowSeconds"] >= steps_s
+
+
+@pytest.mark.parametrize(
+    ("section", "version"), [("autoscaling", "autoscaling/v2"), ("podDisruptionBudget", "policy/v1")]
+)
+def test_chart__on_a_cluster_that_does_not_serve_what_it_needs__says_so(
+    section: str, version: str, tmp_path: Path
+) -> None:
+    """Rendered offline, Helm takes every cluster for a new one: so the chart asks for what none serves yet."""
+    copy = tmp_path / "perch"
+    shutil.copytree(rendering.CHART, copy)
+    template = copy / "templates/serving-availability.yaml"
+    template.write_text(template.read_text().replace(version, later := f"{version}9"))
+    with Chart.load(copy) as chart:
+        with pytest.raises(HelmRenderError, match=rf"{section}.enabled: this cluster .* does not serve {later}"):
+            chart.render(rendering.values_of("default"), name=RELEASE, namespace=rendering.NAMESPACE)
+        assert chart.render(
+            rendering.values_of("default", **{section: {"enabled": False}}),
+            name=RELEASE,
+            namespace=rendering.NAMESPACE,
+        )
 
 
 @pytest.mark.parametrize("environment", ["staging", "production"])

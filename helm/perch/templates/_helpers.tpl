@@ -140,11 +140,42 @@ priorityClassName: {{ . }}
   {{- end }}
 {{- end }}
 
+{{/* Mebibytes of a size, such as 512Mi or 4Gi. */}}
+{{- define "perch.mebibytes" -}}
+{{- $number := regexFind "^[0-9]+" . | int64 -}}
+{{- if hasSuffix "Ti" . }}{{ mul $number 1048576 }}
+{{- else if hasSuffix "Gi" . }}{{ mul $number 1024 }}
+{{- else if hasSuffix "Ki" . }}{{ div (add $number 1023) 1024 }}
+{{- else }}{{ $number }}
+{{- end }}
+{{- end }}
+
+{{/*
+A container's resources, and disk: as much as its volumes may hold, and its logs (a node keeps 50 MiB of them unless told otherwise).
+Without it, a cluster that gives each container some by default (GKE Autopilot: 1 GiB) evicts a pod whose volumes are far from full.
+Requests are limits, for such clusters make them so.  Takes (dict "resources" VALUES "volumes" (list SIZE …)); what the values say themselves holds.
+*/}}
+{{- define "perch.resources" -}}
+{{- $mebibytes := 128 }}
+{{- range .volumes }}{{ $mebibytes = add $mebibytes (include "perch.mebibytes" . | int64) }}{{ end }}
+{{- $disk := dict "ephemeral-storage" (printf "%dMi" $mebibytes) }}
+{{- range $side := list "requests" "limits" }}
+{{ $side }}:
+  {{- toYaml (merge (deepCopy (index $.resources $side)) $disk) | nindent 2 }}
+{{- end }}
+{{- end }}
+
 {{/* MLflow's address: that of the chart's own, unless another one is named. */}}
 {{- define "perch.mlflowUri" -}}
 {{- if .Values.mlflow.externalUri }}{{ .Values.mlflow.externalUri }}
 {{- else if .Values.mlflow.enabled }}http://{{ .Release.Name }}-mlflow.{{ .Release.Namespace }}:5000
 {{- end }}
+{{- end }}
+
+{{/* Port of an MLflow elsewhere. */}}
+{{- define "perch.mlflowPort" -}}
+{{- $url := urlParse .Values.mlflow.externalUri -}}
+{{- regexFind ":[0-9]+$" $url.host | trimPrefix ":" | default (ternary "443" "80" (eq $url.scheme "https")) }}
 {{- end }}
 
 {{/* What Perch's own processes are told of this installation, without secrets; a map of variables. */}}
