@@ -1,7 +1,8 @@
 """Lists what is in an image, as CycloneDX; called with ROOT NAME VERSION OUT.json.
 
 ROOT is the image's root folder: its Python packages are read from their own metadata, its Debian packages from dpkg's
-list, so that what is listed is what is there, not what a lock file asked for.
+list, and the interpreter from its virtual environment, so that what is listed is what is there, not what a lock file
+asked for.
 """
 
 from __future__ import annotations
@@ -21,14 +22,19 @@ from packageurl import PackageURL
 
 
 def main(root: Path, name: str, version: str, out: Path) -> None:
-    """Write the list, and refuse to write one that is no valid CycloneDX or has nothing in it."""
+    """Write the list, and refuse to write one that is no valid CycloneDX or lacks a kind of packages."""
     bom = Bom()
     bom.metadata.component = Component(name=f"perch-{name}", version=version, type=ComponentType.CONTAINER)
-    components = [*_python_packages(root), *_debian_packages(root)]
-    if not components:
-        sys.exit(f"{root}: no packages found; is it the root folder of an image?")
-    for component in components:
-        bom.components.add(component)
+    kinds = {
+        "Python packages": _python_packages(root),
+        "Debian packages": _debian_packages(root),
+        "Python": _python(root),
+    }
+    for kind, found in kinds.items():
+        components = list(found)
+        if not components:
+            sys.exit(f"{root}: no {kind} found; is it the root folder of an image that has a Debian for its base?")
+        bom.components.update(components)
     text = make_outputter(bom, OutputFormat.JSON, SchemaVersion.V1_6).output_as_string(indent=1)
     problem = JsonStrictValidator(SchemaVersion.V1_6).validate_str(text)
     if problem is not None:
@@ -57,6 +63,15 @@ def _debian_packages(root: Path) -> Iterator[Component]:
                 purl=purl,
                 bom_ref=str(purl),
             )
+
+
+def _python(root: Path) -> Iterator[Component]:
+    """The interpreter: a base may have compiled its own, which no package manager lists."""
+    for settings in root.glob("opt/perch/pyvenv.cfg"):
+        lines = (line.partition("=") for line in settings.read_text(encoding="utf-8").splitlines())
+        version = {name.strip(): value.strip() for name, _, value in lines}["version"]
+        purl = PackageURL("generic", name="python", version=version)
+        yield Component(name="python", version=version, type=ComponentType.PLATFORM, purl=purl, bom_ref=str(purl))
 
 
 if __name__ == "__main__":
