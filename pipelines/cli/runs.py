@@ -51,10 +51,17 @@ def outcome(
     import json
 
     from pipelines.cli.printing import print_error
-    from pipelines.runs.sharing import read_outcome
+    from pipelines.runs.sharing import NotEnded, read_outcome
     from pipelines.settings import get_settings
 
-    found = read_outcome(get_settings(), run_id, stage)
+    try:
+        found = read_outcome(get_settings(), run_id, stage)
+    except NotEnded as error:
+        if not as_json:
+            raise
+        print_error(error)
+        typer.echo(json.dumps({"by": ""}))  # nobody ended it, which is an answer; a bucket that is away gives none
+        raise typer.Exit(error.exit_code) from None
     if found.error is not None:
         print_error(found.error)
     else:

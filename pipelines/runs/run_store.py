@@ -227,6 +227,20 @@ class Lease:
             with contextlib.suppress(Conflict, TryLater, Refusal):  # it ends by itself
                 self._put_over_own("")
 
+    def require(self) -> None:
+        """Ask the store whether the lease is still this holder's; one that has ended is, until another takes it.
+
+        Raises:
+            TryLater: another one has it.
+        """
+        found = self._store.read(self._NAME)
+        note = json.loads(found.content) if found else {}
+        if note.get("lease") != self._id:
+            raise TryLater(
+                f"{self._holder} was held up, and {note.get('holder') or 'another one'} has taken the run over\n"
+                "  what to do: try again; what that one did is kept"
+            )
+
     def _take(self, wait_s: float) -> None:
         deadline = time.monotonic() + wait_s
         while True:

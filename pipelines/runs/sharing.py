@@ -59,6 +59,10 @@ class Outcome:
     error: PerchError | None
 
 
+class NotEnded(TryLater):
+    """The bucket answers, and knows no outcome of that step."""
+
+
 class SharedRun:
     """One run on this machine, and its folder in the bucket.
 
@@ -73,6 +77,7 @@ class SharedRun:
         self._store = RunStore(settings, self.workspace.root.name)
         self._progress_tag: str | None = None
         self._is_opened = False
+        self._lease: Lease | None = None
 
     @contextmanager
     def lease(self, what: str) -> Iterator[None]:
@@ -82,8 +87,18 @@ class SharedRun:
             TryLater: another one is at work.
         """
         holder = f"{self._settings.pod_name or socket.gethostname()}, process {os.getpid()}, on {what}"
-        with Lease(self._store, holder).held(wait_s=_LEASE_WAIT_S):
+        self._lease = Lease(self._store, holder)
+        with self._lease.held(wait_s=_LEASE_WAIT_S):
             yield
+
+    def _require_lease(self) -> None:
+        """Before what no condition guards: a node that was cut off may come back after another has gone on.
+
+        Raises:
+            TryLater: another machine has the run.
+        """
+        if self._lease is not None:
+            self._lease.require()
 
     def fetch(self) -> None:
         """Make the workspace on this machine what the bucket says; what a killed step left here is not looked at.
@@ -197,6 +212,7 @@ class SharedRun:
         """
         if outputs:
             self._dvc("push", "--run-cache", stage)
+        self._require_lease()
         try:
             self._progress_tag = self._store.put(_PROGRESS, self._pack_progress(), replaces=self._progress_tag)
         except Conflict:
@@ -206,7 +222,12 @@ class SharedRun:
             ) from None
 
     def share_outcome(self, stage: str, result: Mapping[str, Any] | None, error: PerchError | None) -> None:
-        """Put how a step ended, for whoever started it."""
+        """Put how a step ended, for whoever started it.
+
+        Raises:
+            TryLater: another machine has taken the run over, or the bucket does not answer.
+        """
+        self._require_lease()
         outcome = {
             "by": self._settings.pod_name,
             "exit_code": error.exit_code if error else EXIT_OK,
@@ -301,12 +322,14 @@ class SharedRun:
             try:
                 state = file.stat()
                 if sent.get(file) != (state.st_mtime_ns, state.st_size):
+                    self._require_lease()
                     self._store.upload(f"checkpoints/{file.name}", file)
                     sent[file] = (state.st_mtime_ns, state.st_size)
             except FileNotFoundError:
                 continue  # the stage has ended and taken it away
         here = {f"checkpoints/{file.name}" for file in files}
         for name in set(self._store.names("checkpoints/")) - here:
+            self._require_lease()
             self._store.remove(name)
 
     def _dvc(self, *words: str) -> None:
@@ -349,13 +372,14 @@ def read_outcome(settings: Settings, run_id: str, stage: str) -> Outcome:
 
     Raises:
         Refusal: the bucket knows no such run.
-        TryLater: it has not ended, or the bucket does not answer.
+        NotEnded: it has not.
+        TryLater: the bucket does not answer.
     """
     shared = SharedRun(settings, run_id)
     found = shared.outcome(stage)
     if found is None:
         shared.require_opened()
-        raise TryLater(f"{stage} of run {run_id} has not ended\n  what to do: wait for it, or look at its pod's log")
+        raise NotEnded(f"{stage} of run {run_id} has not ended\n  what to do: wait for it, or look at its pod's log")
     code, message = found["exit_code"], found["message"]
     if code == EXIT_OK:
         return Outcome(found["by"], found["result"], None)

@@ -335,7 +335,7 @@ def test_step__refused__is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> N
     [
         (EXIT_TRY_LATER, {"by": "perch-x"}, "exit code 75"),
         (1, {"by": "perch-x"}, "exit code 1"),
-        (EXIT_TRY_LATER, {}, "returned a failure"),  # it has none yet: the pod was evicted
+        (EXIT_TRY_LATER, {"by": ""}, "returned a failure"),  # it has none yet: the pod was evicted
         (EXIT_REFUSED, {"by": "perch-earlier"}, "returned a failure"),  # an earlier try's refusal says nothing of this
     ],
 )
@@ -349,4 +349,42 @@ def test_step__failed_or_lost__may_be_tried_again(
 
 def test_step__pod_succeeded_without_a_word__may_be_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(AirflowException, match="left no outcome"):
-        judge(monkeypatch, pod_failed=False, exit_code=EXIT_TRY_LATER)
+        judge(monkeypatch, pod_failed=False, exit_code=EXIT_TRY_LATER, by="")
+
+
+def judge_with(monkeypatch: pytest.MonkeyPatch, *answers: tuple[int, dict[str, Any]]) -> dict[str, Any]:
+    """What a task pushes whose pod has ended well, and whose outcome is answered so, one time after the other."""
+    from airflow.providers.cncf.kubernetes.operators.pod import KubernetesPodOperator
+
+    from dags.dag_support import stage_pods
+    from dags.dag_support.perch_command import CommandOutcome
+
+    left = iter(answers)
+    monkeypatch.setattr(KubernetesPodOperator, "trigger_reentry", lambda *_: None)
+    monkeypatch.setattr(stage_pods, "run_perch", lambda *_: CommandOutcome(*next(left)))
+    monkeypatch.setattr(stage_pods, "_OUTCOME_PAUSE_S", 0)
+    pushed: dict[str, Any] = {}
+    task = SimpleNamespace(xcom_push=lambda key, value: pushed.update({key: value}))
+    operator = stage_pods.StagePodOperator(stage="model_evaluation")
+    operator.trigger_reentry({**CONTEXT, "ti": task}, {"name": "perch-x", "status": "success"})
+    return pushed
+
+
+def test_step__done_while_the_bucket_is_away__is_its_result_once_that_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    away = (EXIT_TRY_LATER, {})
+    pushed = judge_with(monkeypatch, away, (-9, {}), away, (0, {"by": "perch-x", "summary": "done"}))
+    assert pushed == {"return_value": {"summary": "done"}}
+
+
+def test_step__bucket_away_for_long__may_be_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dags.dag_support import stage_pods
+
+    monkeypatch.setattr(stage_pods, "_OUTCOME_LIMIT_S", -1)
+    with pytest.raises(AirflowException, match="could not be read") as caught:
+        judge_with(monkeypatch, (EXIT_TRY_LATER, {}))
+    assert not isinstance(caught.value, AirflowFailException)
+
+
+def test_step__of_a_run_that_the_bucket_does_not_know__is_not_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(AirflowException, match="could not be read"):
+        judge_with(monkeypatch, (EXIT_REFUSED, {}))

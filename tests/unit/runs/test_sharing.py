@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from pipelines.cli.main import app
 from pipelines.cli.printing import print_error
-from pipelines.errors import EXIT_REFUSED, Refusal, TryLater
-from pipelines.runs.run_store import RunStore
+from pipelines.errors import EXIT_REFUSED, EXIT_TRY_LATER, Refusal, TryLater
+from pipelines.runs.run_store import Lease, RunStore
 from pipelines.runs.sharing import SharedRun, read_outcome
 from pipelines.runs.workspaces import open_workspace
-from pipelines.settings import Settings
+from pipelines.settings import Settings, get_settings
 
 PROJECT = Path(__file__).parents[3]
 Machine = Callable[[str], SharedRun]
@@ -180,3 +182,59 @@ def test_outcome__of_a_refusal__is_one_for_who_asks_later(
     assert error.exit_code == EXIT_REFUSED
     print_error(error)
     assert capsys.readouterr().err == "data_validation refused: the suite images: failed (limit: all met)\n"
+
+
+def test_outcome__as_json__tells_a_step_that_has_not_ended_from_a_bucket_that_is_away(
+    opened: SharedRun, settings_of: Callable[[str], Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_of("b")
+    for name in ("project_dir", "home", "runs_url", "s3_endpoint_url"):
+        monkeypatch.setenv(f"PERCH_{name.upper()}", str(getattr(settings, name)))
+    monkeypatch.setenv("PERCH_S3_ATTEMPTS", "1")
+
+    def ask() -> Any:
+        get_settings.cache_clear()
+        return CliRunner().invoke(app, ["runs", "outcome", "r", "data_ingestion", "--json"])
+
+    try:
+        said = ask()
+        assert said.exit_code == EXIT_TRY_LATER
+        assert "data_ingestion of run r has not ended" in said.output
+        assert said.output.splitlines()[-1] == '{"by": ""}'
+        monkeypatch.setenv("PERCH_S3_ENDPOINT_URL", "http://127.0.0.1:9")
+        said = ask()
+        assert isinstance(said.exception, TryLater)
+        assert "{" not in said.output
+    finally:
+        get_settings.cache_clear()
+
+
+def test_lease__taken_over_while_its_holder_was_held_up__lets_that_change_nothing(
+    opened: SharedRun, machine: Machine
+) -> None:
+    other = machine("b")
+    opened.workspace.checkpoints.mkdir()
+    (opened.workspace.checkpoints / "epoch-3.ckpt").touch()
+    with opened.lease("model_training"):
+        Lease(opened._store, "pod b", lease_s=0)._take(wait_s=0)  # the first one's has ended
+        other._store.replace("checkpoints/epoch-5.ckpt", b"")
+        other.share_outcome("model_training", {"summary": "done by b", "links": {}}, None)
+        for attempt in (
+            lambda: opened._share_checkpoints({}),
+            lambda: opened.share_outcome("model_training", None, TryLater("broken off")),
+            lambda: opened.share("model_training", outputs=False),
+        ):
+            with pytest.raises(TryLater, match="pod b has taken the run over"):
+                attempt()
+        shutil.rmtree(opened.workspace.checkpoints)
+        with pytest.raises(TryLater, match="taken the run over"):  # and nor does it remove what is not its own
+            opened._share_checkpoints({})
+    assert other._store.names("checkpoints/") == ["checkpoints/epoch-5.ckpt"]
+    assert other.outcome("model_training")["result"]["summary"] == "done by b"  # type: ignore[index]
+    assert other._store.read("progress.tar") is None
+
+
+def test_lease__ended_and_taken_by_nobody__is_still_its_holders(opened: SharedRun) -> None:
+    lease = Lease(opened._store, "pod a", lease_s=0)
+    lease._take(wait_s=0)
+    lease.require()
