@@ -1,7 +1,8 @@
 """Finds pods of steps that Airflow no longer waits for, and removes them.
 
 A task that is marked as failed or whose DAG run is deleted while its triggerer is away leaves its pod at work
-(apache/airflow#37263, #62398).  Pods say whose they are by annotations, word for word.
+(apache/airflow#37263, #62398).  A pod whose node does not answer any more is never seen to end, and its task waits on.
+Pods say whose they are by annotations, word for word.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from pipelines.release.kubernetes_api import CORE, ClusterApi
 from pipelines.services.airflow_access import open_airflow
 from pipelines.settings import Settings
 
-SELECTOR = "app.kubernetes.io/name=perch,app.kubernetes.io/component=pipeline,kubernetes_pod_operator=True"
+_SELECTOR = "app.kubernetes.io/name=perch,app.kubernetes.io/component=pipeline,kubernetes_pod_operator=True"
 # With these, a task has ended for good; in any other it waits for its pod, or the next try will go on with it.
 _ENDED = {"success", "failed", "skipped", "upstream_failed", "removed"}
 _SETTLING_S = 60.0  # between a pod's creation and what Airflow says of its task
+_LOST_AFTER_S = 300.0  # past the end of its grace: as long as a node may be silent before its pods are asked to end
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class StepPod:
         task_id: of the task.
         map_index: among mapped tasks, -1 where it is not mapped.
         try_number: whose pod it is.
+        gone_by: when it should be gone, being removed; its grace is over then.
     """
 
     name: str
@@ -45,6 +48,7 @@ class StepPod:
     task_id: str
     map_index: int
     try_number: int
+    gone_by: datetime | None = None
 
     @property
     def task(self) -> tuple[str, str, str, int]:
@@ -59,17 +63,19 @@ class Orphan:
     Attributes:
         pod: the pod.
         reason: why nobody does, for a person.
+        is_lost: it was asked to end, and its node says nothing.
     """
 
     pod: StepPod
     reason: str
+    is_lost: bool = False
 
 
 def clean_pods(settings: Settings, *, dry_run: bool = False) -> list[Orphan]:
     """Remove the pods that nobody waits for.
 
     Args:
-        settings: name the namespace, and Airflow's address and user.
+        settings: name the namespace and the release of which they are, and Airflow's address and user.
         dry_run: only look.
 
     Returns:
@@ -79,7 +85,9 @@ def clean_pods(settings: Settings, *, dry_run: bool = False) -> list[Orphan]:
         TryLater: Airflow or the cluster does not answer; then nothing is removed on a guess.
     """
     cluster = _Cluster(settings.kubernetes_namespace)
-    pods = [pod for document in cluster.list_pods(SELECTOR) if (pod := read_pod(document)) is not None]
+    # Another installation in the namespace has the same DAGs, and runs that this one's Airflow does not know.
+    selector = f"{_SELECTOR},app.kubernetes.io/instance={settings.kubernetes_release}"
+    pods = [pod for document in cluster.list_pods(selector) if (pod := read_pod(document)) is not None]
     airflow = open_airflow(settings)
 
     def state_of(pod: StepPod) -> str | None:
@@ -96,7 +104,7 @@ def clean_pods(settings: Settings, *, dry_run: bool = False) -> list[Orphan]:
     orphans = find_orphans(pods, state_of, datetime.now(UTC))
     if not dry_run:
         for orphan in orphans:
-            cluster.remove_pod(orphan.pod.name)
+            cluster.remove_pod(orphan.pod.name, at_once=orphan.is_lost)
     return orphans
 
 
@@ -106,14 +114,19 @@ def find_orphans(pods: Iterable[StepPod], state_of: Callable[[StepPod], str | No
     Args:
         pods: of steps.
         state_of: the state of a pod's task in Airflow; None where there is no such task, empty before it is scheduled.
-        now: aware; pods that were made within a minute are left alone.
+        now: aware; pods that were made within a minute are left alone, and so are those being removed, until five
+            minutes past their time.
     """
-    pods = list(pods)
     latest: dict[tuple[str, str, str, int], int] = {}
+    found, staying = [], []
     for pod in pods:
-        latest[pod.task] = max(pod.try_number, latest.get(pod.task, 0))
-    found = []
-    for pod in pods:
+        if pod.gone_by is None:
+            staying.append(pod)
+            latest[pod.task] = max(pod.try_number, latest.get(pod.task, 0))
+        elif (late_s := (now - pod.gone_by).total_seconds()) > _LOST_AFTER_S:
+            reason = f"it should have ended {late_s / 60:.0f} minutes ago, and its node does not say that it has"
+            found.append(Orphan(pod, reason, is_lost=True))
+    for pod in staying:
         if (now - pod.created).total_seconds() < _SETTLING_S:
             continue
         if pod.try_number < latest[pod.task]:
@@ -128,11 +141,12 @@ def find_orphans(pods: Iterable[StepPod], state_of: Callable[[StepPod], str | No
 
 
 def read_pod(document: Mapping[str, Any]) -> StepPod | None:
-    """A pod as the API tells it; None where it does not say whose it is, or is being removed already."""
+    """A pod as the API tells it; None where it does not say whose it is."""
     metadata = document["metadata"]
     said = metadata.get("annotations") or {}
-    if metadata.get("deletionTimestamp") or "perch/task-id" not in said:
+    if "perch/task-id" not in said:
         return None
+    gone_by = metadata.get("deletionTimestamp")  # when it was asked to end, and its grace
     return StepPod(
         name=metadata["name"],
         created=datetime.fromisoformat(metadata["creationTimestamp"]),
@@ -141,20 +155,26 @@ def read_pod(document: Mapping[str, Any]) -> StepPod | None:
         task_id=said["perch/task-id"],
         map_index=int(said["perch/map-index"]),
         try_number=int(said["perch/try-number"]),
+        gone_by=datetime.fromisoformat(gone_by) if gone_by else None,
     )
 
 
 class _Cluster(ClusterApi):
     """The namespace of the steps' pods."""
 
-    def remove_pod(self, name: str) -> None:
+    def remove_pod(self, name: str, *, at_once: bool) -> None:
         """Remove a pod, with the time it needs to hand over; one that is gone is fine.
+
+        Args:
+            name: of the pod.
+            at_once: without that time, and without waiting for its node to say that it has ended.
 
         Raises:
             TryLater: the API does not answer, or does not let this account do it.
         """
         try:
-            self._call("DELETE", f"/{CORE}/namespaces/{self.namespace}/pods/{name}")
+            path = f"/{CORE}/namespaces/{self.namespace}/pods/{name}"
+            self._call("DELETE", path, [("gracePeriodSeconds", "0")] if at_once else None)
         except TryLater as error:
             if getattr(error.__cause__, "status", None) != HTTPStatus.NOT_FOUND:
                 raise

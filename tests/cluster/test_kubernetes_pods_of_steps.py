@@ -72,14 +72,16 @@ def airflow() -> Iterator[dict[str, str]]:
     server.shutdown()
 
 
-def create(cluster: Cluster, stage: str, **changes: str) -> str:
-    """A pod as the operator renders it; its name."""
+def create(cluster: Cluster, stage: str, *, node: str = "", **changes: str) -> str:
+    """A pod as the operator renders it, on that node without a scheduler; its name."""
     from dags.dag_support.stage_pods import StagePodOperator
 
     task = type(CONTEXT["ti"])(**{**vars(CONTEXT["ti"]), "task_id": stage})
     pod = StagePodOperator(stage=stage).build_pod_request_obj({**CONTEXT, "ti": task}, dry_run=True)
     document = ApiClient().sanitize_for_serialization(pod)
     document["metadata"]["annotations"].update(changes)
+    if node:
+        document["spec"]["nodeName"] = node
     made = json.loads(cluster.kubectl("create", "--output=json", "--filename=-", given=json.dumps(document)))
     return str(made["metadata"]["name"])
 
@@ -121,3 +123,33 @@ def test_pods_clean__airflow_away__removes_nothing(
     with pytest.raises(TryLater):
         clean_pods(settings_for({"address": "http://127.0.0.1:9"}))
     assert namespace.read("pod", name, f"--namespace={NAMESPACE}")["metadata"].get("deletionTimestamp") is None
+
+
+def test_pods_clean__pod_of_another_installation__leaves_it_alone(
+    namespace: Cluster, airflow: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(orphan_pods, "_SETTLING_S", 0.0)
+    airflow |= {"data_ingestion": "failed"}
+    own = create(namespace, "data_ingestion")
+    monkeypatch.setenv("PERCH_KUBERNETES_RELEASE", "perch-two")
+    get_settings.cache_clear()
+    create(namespace, "data_ingestion")
+    assert [orphan.pod.name for orphan in clean_pods(settings_for(airflow))] == [own]
+
+
+def test_pods_clean__pod_asked_to_end_on_a_node_that_does_not_answer__is_forgotten_at_once(
+    namespace: Cluster, airflow: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    namespace.apply([{"apiVersion": "v1", "kind": "Node", "metadata": {"name": "silent"}}])
+    try:
+        airflow |= {"model_training": "deferred"}
+        name = create(namespace, "model_training", node="silent")
+        namespace.kubectl("delete", "pod", name, f"--namespace={NAMESPACE}", "--grace-period=1", "--wait=false")
+        settings = settings_for(airflow)
+        assert clean_pods(settings) == []
+        monkeypatch.setattr(orphan_pods, "_LOST_AFTER_S", -1.0)  # its grace has a second
+        (lost,) = clean_pods(settings)
+        assert (lost.pod.name, lost.is_lost) == (name, True)
+        assert namespace.read("pods", f"--namespace={NAMESPACE}")["items"] == []
+    finally:
+        namespace.kubectl("delete", "node", "silent")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -41,6 +42,31 @@ def test_pod__just_made__is_left_alone() -> None:
     assert find_orphans([pod(age_s=20)], lambda _: "failed", NOW) == []
 
 
+def going(name: str, *, late_s: float, tries: int = 1) -> StepPod:
+    return replace(pod(name, tries=tries), gone_by=NOW - timedelta(seconds=late_s))
+
+
+def test_pod__whose_node_does_not_say_that_it_has_ended__is_lost_whatever_its_task_waits_for() -> None:
+    (orphan,) = find_orphans([going("stuck", late_s=660)], lambda _: "deferred", NOW)
+    assert orphan.is_lost
+    assert orphan.reason == "it should have ended 11 minutes ago, and its node does not say that it has"
+
+
+@pytest.mark.parametrize("late_s", [-30, 0, 299])
+def test_pod__being_removed__is_given_its_time(late_s: float) -> None:
+    assert find_orphans([going("ends", late_s=late_s)], lambda _: "failed", NOW) == []
+
+
+def test_pod__being_removed__makes_no_orphan_of_another() -> None:
+    pods = [going("later", late_s=10, tries=2), pod("earlier")]
+    assert find_orphans(pods, lambda _: "running", NOW) == []
+
+
+def test_orphan__whose_task_has_ended__is_given_the_time_to_hand_over() -> None:
+    (orphan,) = find_orphans([pod()], lambda _: "failed", NOW)
+    assert not orphan.is_lost
+
+
 def test_pod__as_the_api_tells_it__is_read_by_its_annotations() -> None:
     document: dict[str, Any] = {
         "metadata": {
@@ -59,6 +85,9 @@ def test_pod__as_the_api_tells_it__is_read_by_its_annotations() -> None:
     assert read is not None
     assert read.task == ("ml_training_pipeline", "manual__2026-11-01T02:00+00:00", "trials", 3)
     assert read.created == NOW - timedelta(minutes=10)
+    assert read.gone_by is None
     document["metadata"]["deletionTimestamp"] = "2026-11-01T02:51:00Z"
-    assert read_pod(document) is None
+    going = read_pod(document)
+    assert going is not None
+    assert going.gone_by == NOW - timedelta(minutes=9)
     assert read_pod({"metadata": {"name": "x", "creationTimestamp": "2026-11-01T02:50:00Z"}}) is None
