@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from botocore.exceptions import ClientError
     from mypy_boto3_s3 import S3Client
 
-_CONNECT_TIMEOUT_S = 10.0
+CONNECT_TIMEOUT_S = 10.0
 _MISSING = {"404", "NoSuchKey", "NotFound"}
 _BUSY = {"SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "TooManyRequests", "503"}
 
@@ -43,7 +43,7 @@ def connect(settings: S3Settings, *, concurrent: int = 10, attempts: int | None 
     # Buckets as host names need a wildcard in the DNS, which only AWS can be counted on to have.
     automatic: Literal["path", "auto"] = "path" if settings.endpoint else "auto"
     config = Config(
-        connect_timeout=min(_CONNECT_TIMEOUT_S, settings.timeout_s),
+        connect_timeout=min(CONNECT_TIMEOUT_S, settings.timeout_s),
         read_timeout=settings.timeout_s,
         retries={"mode": "standard", "total_max_attempts": attempts or settings.attempts},
         max_pool_connections=concurrent,

@@ -18,12 +18,14 @@ from pipelines.core.results import StageResult, write_json
 from pipelines.core.stage_graph import StageNode, read_stage_graph
 from pipelines.core.workspace import Workspace
 from pipelines.errors import EXIT_REFUSED, PerchError, Refusal, TryLater
+from pipelines.object_storage.settings import read_s3_settings
 from pipelines.params import load_params
 from pipelines.runs.dvc_notes import DvcNotes
 from pipelines.runs.parent_death import DIE_WITH_PARENT, die_with_parent
 from pipelines.settings import Settings
 
 _LOCK_WAIT_S = 30.0
+_BEGUN = ".stage-begun"  # DVC's exit code does not say whether it ended before the stage, or the stage did
 IN_RUN = "PERCH_IN_RUN"  # set for a stage whose outcome the run that started it will tell
 
 
@@ -37,6 +39,8 @@ def run_bare(stage: str, workspace: Workspace) -> StageResult:
         refusal_file = workspace.refusal_file(stage)
         refusal_file.unlink(missing_ok=True)
         try:
+            if IN_RUN in os.environ:
+                (workspace.root / _BEGUN).touch()
             params = load_params(workspace.params_file)
             module = importlib.import_module(f"pipelines.stages.{stage}")
             result: StageResult = module.run(params, workspace)
@@ -77,6 +81,7 @@ def run_in_workspace(
         PerchError: the stage's process ended in another way; its own log says how.
     """
     workspace.refusal_file(stage).unlink(missing_ok=True)
+    (workspace.root / _BEGUN).unlink(missing_ok=True)
     nodes = {node.name: node for node in read_stage_graph(workspace.root / "dvc.yaml")}
     if stage in nodes:
         _refuse_skipped_steps(workspace, nodes[stage])
@@ -92,6 +97,11 @@ def run_in_workspace(
         code = _run_process([sys.executable, "-m", "pipelines", stage], workspace, settings, mlflow_run_id)
     if code == 0:
         return read_result(workspace, stage)
+    if stage in nodes and code > 0 and settings.runs_url and not (workspace.root / _BEGUN).is_file():
+        raise TryLater(
+            f"{stage}: DVC ended with exit code {code} before the stage began; the log above says why\n"
+            "  what to do: look whether the object store of PERCH_RUNS_URL answers, then try again; nothing is lost"
+        )
     raise _read_refusal(workspace, stage) or PerchError(
         f"{stage}: its process ended with exit code {code} and no word of its own\n"
         f"  what to do: read the log above; in {workspace.root}, `dvc repro --dry --single-item {stage}` says what DVC "
@@ -131,6 +141,8 @@ def _run_process(command: list[str], workspace: Workspace, settings: Settings, m
         "PYTHONDONTWRITEBYTECODE": "1",  # the workspace's copy of the code is an input, not a place for caches
         "MLFLOW_TRACKING_URI": settings.tracking_uri,
         "MLFLOW_RUN_ID": mlflow_run_id,  # training logs its curves there while it runs
+        # Of DVC's remote, which has no word for it; Perch's own clients say it themselves.
+        "AWS_MAX_ATTEMPTS": os.environ.get("AWS_MAX_ATTEMPTS", str(read_s3_settings().attempts)),
         "SHELL": "/bin/sh",  # DVC runs commands with the user's shell, which may be anything
     }
     # Nothing of the caller's may shadow the workspace's own copy of the code, which `python -m` puts first.

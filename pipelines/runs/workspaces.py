@@ -24,7 +24,8 @@ from pipelines.core.stage_graph import STEPS_AFTER_DVC, read_stage_graph
 from pipelines.core.workspace import Workspace
 from pipelines.errors import Refusal
 from pipelines.modeling.preconditions import check_training_preconditions
-from pipelines.object_storage.settings import read_s3_settings
+from pipelines.object_storage.client import CONNECT_TIMEOUT_S
+from pipelines.object_storage.settings import S3Settings, read_s3_settings
 from pipelines.params import Params, check_params, override
 from pipelines.settings import Settings
 
@@ -210,7 +211,7 @@ def write_dvc_config(workspace: Workspace, settings: Settings) -> None:
     """Make the workspace a DVC project of its own over the shared cache, as `dvc init --no-scm` would."""
     folder = workspace.root / ".dvc"
     folder.mkdir(exist_ok=True)
-    remote = _dvc_remote(settings) if settings.runs_url else ""
+    remote = _dvc_remote(settings, folder) if settings.runs_url else ""
     (folder / "config").write_text(
         "[core]\n    no_scm = true\n    analytics = false\n    check_update = false\n"
         + ("    remote = shared\n" if remote else "")
@@ -221,17 +222,35 @@ def write_dvc_config(workspace: Workspace, settings: Settings) -> None:
     (workspace.root / ".dvcignore").write_text("__pycache__/\n", encoding="utf-8")
 
 
-def _dvc_remote(settings: Settings) -> str:
-    """DVC's words for the bucket that runs go through; credentials are those that boto3 finds."""
+def _dvc_remote(settings: Settings, folder: Path) -> str:
+    """DVC's words for the bucket that runs go through; credentials are those that boto3 finds.
+
+    How often DVC sends a request is not among them: `run_tool` says it in the environment.
+    """
     store = read_s3_settings(settings.s3_endpoint_url)
     words = {
         "url": f"{settings.runs_url.rstrip('/')}/dvc",
         "endpointurl": store.endpoint,
         "region": store.region,
         "ssl_verify": str(store.ca_bundle.expanduser()) if store.ca_bundle else "",
-        "read_timeout": f"{store.timeout_s:.0f}",
+        "connect_timeout": f"{max(1, round(min(CONNECT_TIMEOUT_S, store.timeout_s)))}",
+        "read_timeout": f"{max(1, round(store.timeout_s))}",
+        "configpath": _write_addressing(store, folder / "aws-config"),
+        "verify": "true",  # otherwise DVC believes that what a remote gives is what it was asked for
     }
     return "['remote \"shared\"']\n" + "".join(f"    {key} = {value}\n" for key, value in words.items() if value)
+
+
+def _write_addressing(store: S3Settings, file: Path) -> str:
+    """A configuration of boto3 that says where a bucket's name stands, which DVC has no word for; its path.
+
+    Empty where DVC does that anyway, or where boto3 has a configuration already, which this one would hide.
+    """
+    own = Path(os.environ.get("AWS_CONFIG_FILE", "~/.aws/config")).expanduser()
+    if store.addressing in ("auto", "path" if store.endpoint else "virtual") or own.is_file():
+        return ""
+    file.write_text(f"[default]\ns3 =\n    addressing_style = {store.addressing}\n", encoding="utf-8")
+    return str(file.resolve())
 
 
 def _folder_name(run_id: str) -> str:

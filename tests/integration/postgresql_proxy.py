@@ -63,11 +63,13 @@ class Proxy:
     def cut(self) -> None:
         """Reset all connections, and refuse new ones until `mend`."""
         self._stop_listening()
-        for end in self._open:
+        ends = list(self._open)
+        self._open.clear()
+        _shut(*ends)  # wakes who reads from them in other threads
+        for end in ends:
             with contextlib.suppress(OSError):  # closed by now
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        _shut(*self._open)
-        self._open.clear()
+            end.close()
 
     def mend(self) -> None:
         """Be there again."""

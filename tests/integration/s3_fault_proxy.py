@@ -9,13 +9,14 @@ import ssl
 import struct
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-Fault = Literal["503", "slow", "truncated", "shortened", "damaged", "drip", "reset"]
+Fault = Literal["503", "slow", "truncated", "shortened", "damaged", "drip", "reset", "unanswered"]
 
 _BUSY = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 _OF_THE_CONNECTION = {"connection", "transfer-encoding", "content-length", "keep-alive", "date", "server"}
@@ -45,6 +46,8 @@ class FaultProxy:
         self.slow_s = slow_s
         self.upstream = urlsplit(upstream).netloc
         self._plan, self._lock = _Plan(), threading.Lock()
+        self._on_request: Callable[[], None] = lambda: None
+        self._is_cut, self._open = False, set[socket.socket]()
         proxy = self
 
         class Handler(_Handler):
@@ -70,10 +73,40 @@ class FaultProxy:
         """The fault to do to this request."""
         with self._lock:
             self.seen.append((method, path))
+        self._on_request()
+        with self._lock:
             if not self._plan.left or method not in self._plan.methods:
                 return None
             self._plan.left -= 1
             return self._plan.fault
+
+    def tell_of_requests(self, listener: Callable[[], None]) -> None:
+        """Call this before each request is passed on."""
+        self._on_request = listener
+
+    def cut(self) -> None:
+        """Reset all connections, and each new one as soon as it is made, until `mend`."""
+        with self._lock:
+            self._is_cut = True
+            ends = list(self._open)
+        for end in ends:
+            _reset(end)
+
+    def mend(self) -> None:
+        """Be there again."""
+        with self._lock:
+            self._is_cut = False
+
+    def begin(self, connection: socket.socket) -> bool:
+        """Note a connection; whether there is a way through."""
+        with self._lock:
+            self._open.add(connection)
+            return not self._is_cut
+
+    def end(self, connection: socket.socket) -> None:
+        """Forget a connection."""
+        with self._lock:
+            self._open.discard(connection)
 
     def close(self) -> None:
         self._server.shutdown()
@@ -91,6 +124,15 @@ class _Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     owner: FaultProxy
     protocol_version = "HTTP/1.1"
+
+    def handle(self) -> None:
+        try:
+            if self.owner.begin(self.connection):
+                super().handle()
+            else:
+                self._reset()
+        finally:
+            self.owner.end(self.connection)
 
     def do_GET(self) -> None:
         body = self._read_body()
@@ -115,6 +157,9 @@ class _Handler(BaseHTTPRequestHandler):
         kept = {name: value for name, value in answer.getheaders() if name.lower() not in _OF_THE_CONNECTION}
         length = int(answer.getheader("Content-Length", "") or len(content))
         upstream.close()
+        if fault == "unanswered":  # done, and nobody hears of it
+            self._reset()
+            return
         if fault == "truncated":
             content = content[: len(content) // 2]
         elif fault == "shortened" and self.command == "GET":
@@ -154,12 +199,18 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _reset(self) -> None:
         self.close_connection = True
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        with contextlib.suppress(OSError):
-            self.connection.close()
+        _reset(self.connection)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - http.server's name
         pass
+
+
+def _reset(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.shutdown(socket.SHUT_RDWR)  # wakes who reads from it in another thread
+    with contextlib.suppress(OSError):
+        connection.close()
 
 
 def make_authority(folder: Path) -> tuple[Path, ssl.SSLContext]:

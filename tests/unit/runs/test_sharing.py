@@ -16,7 +16,8 @@ from pipelines.cli.printing import print_error
 from pipelines.errors import EXIT_REFUSED, EXIT_TRY_LATER, Refusal, TryLater
 from pipelines.runs.run_store import Lease, RunStore
 from pipelines.runs.sharing import SharedRun, read_outcome
-from pipelines.runs.workspaces import open_workspace
+from pipelines.runs.stages import run_in_workspace
+from pipelines.runs.workspaces import open_workspace, write_dvc_config
 from pipelines.settings import Settings, get_settings
 
 PROJECT = Path(__file__).parents[3]
@@ -238,3 +239,16 @@ def test_lease__ended_and_taken_by_nobody__is_still_its_holders(opened: SharedRu
     lease = Lease(opened._store, "pod a", lease_s=0)
     lease._take(wait_s=0)
     lease.require()
+
+
+def test_run_in_workspace__remote_away_when_dvc_wants_the_inputs__may_be_tried_later(
+    opened: SharedRun, settings_of: Callable[[str], Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PERCH_S3_ATTEMPTS", "1")  # seconds pass between two
+    away = settings_of("a").model_copy(update={"s3_endpoint_url": "http://127.0.0.1:9"})
+    write_dvc_config(opened.workspace, away)
+    with pytest.raises(TryLater, match="before the stage began") as caught:
+        run_in_workspace(away, opened.workspace, "data_ingestion")
+    assert "PERCH_RUNS_URL" in str(caught.value)
+    write_dvc_config(opened.workspace, settings_of("a"))
+    assert run_in_workspace(settings_of("a"), opened.workspace, "data_ingestion")["summary"]

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from pipelines.errors import Refusal
-from pipelines.runs.workspaces import find_workspace, list_runs, open_workspace, resolve_params
+from pipelines.runs.workspaces import find_workspace, list_runs, open_workspace, resolve_params, write_dvc_config
 from pipelines.settings import Settings
 
 PROJECT = Path(__file__).parents[3]
@@ -117,3 +117,48 @@ def test_open_workspace__line_without_its_colon__points_at_the_line_above_the_na
     (settings.project_dir / "params.yaml").write_text("dataset: a\nmodel_name b\nseed: 7\n")
     with pytest.raises(Refusal, match=r"line 3(.|\n)*the line it names, or the one above it"):
         open_workspace(settings, "r1", {})
+
+
+def remote_of(root: Path) -> dict[str, str]:
+    """What DVC itself makes of the remote that a run's workspace names."""
+    from dvc.config import Config
+
+    remote: dict[str, str] = Config(str(root / ".dvc"))["remote"]["shared"]
+    return remote
+
+
+def test_write_dvc_config__runs_in_a_bucket__verifies_what_it_fetches_and_waits_as_perch_does(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("PERCH_S3_TIMEOUT_S", "0.4")
+    workspace = open_workspace(settings, "r1", {})
+    shared = settings.model_copy(update={"runs_url": "s3://perch/team/", "s3_endpoint_url": "https://store:9000"})
+    write_dvc_config(workspace, shared)
+    remote = remote_of(workspace.root)
+    assert remote["url"] == "s3://perch/team/dvc"
+    assert remote["endpointurl"] == "https://store:9000"
+    assert remote["verify"] is True
+    assert (remote["connect_timeout"], remote["read_timeout"]) == (1, 1)  # whole seconds, and none means for ever
+    assert "configpath" not in remote
+
+
+@pytest.mark.parametrize(
+    ("addressing", "host"), [("auto", "store:9000"), ("path", "store:9000"), ("virtual", "perch.store:9000")]
+)
+def test_write_dvc_config__addressing__is_that_of_perchs_own_clients(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, addressing: str, host: str
+) -> None:
+    from botocore.session import Session
+
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("PERCH_S3_ADDRESSING", addressing)
+    workspace = open_workspace(settings, "r1", {})
+    shared = settings.model_copy(update={"runs_url": "s3://perch", "s3_endpoint_url": "https://store:9000"})
+    write_dvc_config(workspace, shared)
+    remote = remote_of(workspace.root)
+    monkeypatch.setenv("AWS_CONFIG_FILE", remote.get("configpath", str(tmp_path / "none")))  # as DVC sets it
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(f"AWS_{name}", "test")
+    client = Session().create_client("s3", region_name="us-east-1", endpoint_url=remote["endpointurl"])
+    assert client.generate_presigned_url("get_object", {"Bucket": "perch", "Key": "k"}).startswith(f"https://{host}/")

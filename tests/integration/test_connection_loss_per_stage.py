@@ -1,0 +1,216 @@
+"""Each step of a run, with PostgreSQL and S3 cut off for some seconds in its middle, ends well or with "try later".
+
+Each attempt is a machine of its own, as a pod is: what it finds, it finds in the bucket and in the databases.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+from pipelines.errors import EXIT_OK, EXIT_TRY_LATER
+from pipelines.registry.ledger import Ledger
+from pipelines.release.keys import create_key
+from pipelines.runs.pipeline import pipeline_steps
+from pipelines.runs.replaying import lock_outs
+from pipelines.runs.workspaces import workspace_of
+from pipelines.services.stack import any_free_port
+from pipelines.settings import Settings
+from tests.integration.postgresql_proxy import Proxy
+from tests.integration.postgresql_server import make_database
+from tests.integration.s3_fault_proxy import FaultProxy
+
+PROJECT = Path(__file__).parents[2]
+STEPS = pipeline_steps(Settings(project_dir=PROJECT))
+OVERRIDES = {"model_training.epochs": 4, "model_training.int8": False, "data_ingestion.as_of": "2026-11-01"}
+CUT_S = 4.0
+MODEL = "digits-classification"
+
+pytestmark = [pytest.mark.services, pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+class Network:
+    """All that is between a machine and its two servers.
+
+    Attributes:
+        requests: to both together, since `watch`.
+        was_cut: whether it was, since `watch`.
+    """
+
+    def __init__(self, s3: FaultProxy, database: Proxy) -> None:
+        self.s3, self.database = s3, database
+        self.requests, self.was_cut = 0, False
+        self._cut_at, self._lock = 0, threading.Lock()
+        self._mending: threading.Timer | None = None
+        s3.tell_of_requests(self._count)
+        database.tell_of_questions(self._count)
+
+    def watch(self, cut_at: int = 0) -> None:
+        """Count from now on; cut both ways at this request, and be there again `CUT_S` later."""
+        if self._mending:
+            self._mending.join()
+        with self._lock:
+            self.requests, self.was_cut, self._cut_at = 0, False, cut_at
+
+    def _count(self) -> None:
+        with self._lock:
+            self.requests += 1
+            due = self.requests == self._cut_at
+            self.was_cut = self.was_cut or due
+        if due:
+            self.s3.cut()
+            self.database.cut()
+            self._mending = threading.Timer(CUT_S, self._mend)
+            self._mending.start()
+
+    def _mend(self) -> None:
+        self.s3.mend()
+        self.database.mend()
+
+
+@dataclass
+class Run:
+    """A run of which each attempt at each step is done on a machine of its own.
+
+    Attributes:
+        ended: the steps that have.
+        requests: of each step that was not disturbed.
+        attempts: exit codes of each step.
+    """
+
+    folder: Path
+    network: Network
+    environment: dict[str, str]
+    database_url: str
+    ended: list[str] = field(default_factory=list)
+    requests: dict[str, int] = field(default_factory=dict)
+    attempts: dict[str, list[int]] = field(default_factory=dict)
+
+    def attempt(self, step: str, cut_at: int = 0) -> tuple[int, str]:
+        """Do a step on a new machine; its exit code and what it said."""
+        codes = self.attempts.setdefault(step, [])
+        home = self.folder / f"{step}-{len(codes)}"
+        self.network.watch(cut_at)
+        done = subprocess.run(
+            [Path(sys.executable).parent / "perch", step, "--run", "r", "--conf", json.dumps(OVERRIDES), "--json"],
+            env={**self.environment, "PERCH_HOME": str(home), "PERCH_POD_NAME": home.name},
+            cwd=PROJECT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+        codes.append(done.returncode)
+        if done.returncode == EXIT_OK:
+            self.ended.append(step)
+            self.requests[step] = self.network.requests
+        return done.returncode, done.stdout
+
+    def do_steps_before(self, step: str) -> None:
+        """Do those that have not ended yet, undisturbed."""
+        for earlier in STEPS[: STEPS.index(step)]:
+            if earlier not in self.ended:
+                code, said = self.attempt(earlier)
+                assert code == EXIT_OK, said
+
+    def outcome(self, step: str) -> dict[str, Any]:
+        """What a step that has just ended left: in DVC, and of the registry's ledger."""
+        home = self.folder / f"{step}-{len(self.attempts[step]) - 1}"
+        ledger = Ledger(self.database_url)
+        assert ledger.verify() == []
+        return {
+            "outs": lock_outs(workspace_of(Settings(project_dir=PROJECT, home=home), "r")),
+            "ledger": [(row.event, row.model, row.version) for row in ledger.entries()],
+        }
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    server = ThreadedMotoServer("127.0.0.1", port := any_free_port(), verbose=False)
+    server.start()
+    yield f"http://127.0.0.1:{port}"
+    server.stop()
+
+
+def open_run(name: str, server: str, postgresql: Path, folder: Path, mlflow_template: Path) -> Run:
+    """A run with an empty bucket, an empty database and a registry of its own."""
+    url = make_database(postgresql, f"perch_{name}")
+    database, s3 = Proxy.before(url), FaultProxy(server)
+    folder.mkdir()
+    (folder / "mlflow.db").write_bytes(mlflow_template.read_bytes())
+    bucket: Any = boto3.resource(
+        "s3", endpoint_url=server, aws_access_key_id="test", aws_secret_access_key="test", region_name="us-east-1"
+    ).Bucket(name)
+    bucket.create()
+    environment = {
+        **os.environ,
+        "PERCH_PROJECT_DIR": str(PROJECT),
+        "PERCH_RUNS_URL": f"s3://{name}/perch",
+        "PERCH_RELEASES_URL": f"s3://{name}/releases",
+        "PERCH_S3_ENDPOINT_URL": s3.url,
+        "PERCH_MLFLOW_URI": f"sqlite:///{folder / 'mlflow.db'}",
+        "PERCH_DATABASE_URL": database.url(url),
+        "PERCH_SIGNING_KEY": str(create_key(Settings(home=folder)).private),
+        "PERCH_SERVING_PUBLIC_KEYS": str(Settings(home=folder).keys_dir),
+        "PERCH_GIT_SHA": "0" * 40,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    return Run(folder, Network(s3, database), environment, url)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    server: str, postgresql_server: Path, tmp_path_factory: pytest.TempPathFactory, empty_mlflow_database: Path
+) -> Iterator[tuple[Run, dict[str, dict[str, Any]]]]:
+    """A run that nothing happened to, and what each step of it left."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    run = open_run("undisturbed", server, postgresql_server, folder, empty_mlflow_database)
+    with closing(run.network.s3), closing(run.network.database):
+        left = {}
+        for step in STEPS:
+            code, said = run.attempt(step)
+            assert code == EXIT_OK, said
+            left[step] = run.outcome(step)
+        yield run, left
+
+
+@pytest.fixture(scope="module")
+def disturbed(
+    server: str, postgresql_server: Path, tmp_path_factory: pytest.TempPathFactory, empty_mlflow_database: Path
+) -> Iterator[Run]:
+    folder = tmp_path_factory.mktemp("disturbed") / "run"
+    run = open_run("disturbed", server, postgresql_server, folder, empty_mlflow_database)
+    with closing(run.network.s3), closing(run.network.database):
+        yield run
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_step__both_connections_lost_in_its_middle__ends_well_or_later_and_the_same(
+    undisturbed: tuple[Run, dict[str, dict[str, Any]]], disturbed: Run, step: str
+) -> None:
+    base, left = undisturbed
+    disturbed.do_steps_before(step)
+    code, said = disturbed.attempt(step, cut_at=base.requests[step] // 2)
+    print(f"{step}: cut at request {base.requests[step] // 2} of {base.requests[step]}, exit {code}")
+    assert disturbed.network.was_cut
+    assert code in (EXIT_OK, EXIT_TRY_LATER), said
+    assert "Traceback" not in said
+    if code == EXIT_TRY_LATER:
+        assert "what to do" in said
+        code, said = disturbed.attempt(step)
+        assert code == EXIT_OK, said
+    assert disturbed.outcome(step) == left[step]
