@@ -12,6 +12,7 @@ import argparse
 import os
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,6 +25,9 @@ from serving.unpacking import unpack_release
 # glibc keeps freed blocks of up to 32 MiB for itself once it has seen some; images come and go in such blocks, and what
 # a few large ones took would never be given back (measured over a corpus of odd images: 90 MiB, else 15).
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**21), "MALLOC_TRIM_THRESHOLD_": str(2**24)}
+
+# As serving/metrics.py reads it, which is not imported here: it may be another version's, from the release.
+STARTED_VARIABLE = "PERCH_SERVICE_STARTED"
 
 _OTLP_ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 
@@ -106,6 +110,7 @@ def server_environment(settings: ServingSettings, bento: Path) -> dict[str, str]
     # Of this server alone: workers keep their counters there, and two servers must not add theirs up.
     environment["BENTOML_HOME"] = str(bento / ".bentoml")
     environment["BENTOML_DO_NOT_TRACK"] = "True"
+    environment[STARTED_VARIABLE] = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     for name, value in ALLOCATOR.items():
         environment.setdefault(name, value)
     environment.setdefault("OMP_NUM_THREADS", str(settings.model_threads))

@@ -1,7 +1,9 @@
 """Asks Prometheus what the pods of a slot have counted; what is absent, not a number or old is no data.
 
 Counters of pods that have ended still belong to the slot: each series counts with the most it ever showed since the
-deployment, so that the sum never falls when the autoscaler takes a pod away.
+deployment, so that the sum never falls when the autoscaler takes a pod away.  A container that starts again in its pod
+counts from zero under another `started`, which is another series: both count.  A pod that Prometheus looks at twice,
+as it does where two of its jobs find it, counts once.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ HISTORY_S = 6 * 3600
 _SLACK_S = 5
 _SERIES = "series"
 _SAMPLED_AT = "sampled_at"
-_PER_POD = "perch_worker_starts_total"
+_STARTS = "perch_worker_starts_total"
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,13 @@ class PodCounts:
 
     Attributes:
         counts: of all of them together, ended ones among them.
-        worker_starts: pod to worker processes started in it.
+        worker_starts: pod and start of its service to worker processes started in it; the start is empty where an older
+            release does not tell it.
         sampled_at: pod to the time of its last sample, in seconds since the epoch; only pods that are still looked at.
     """
 
     counts: ServiceCounts
-    worker_starts: Mapping[str, int]
+    worker_starts: Mapping[tuple[str, str], int]
     sampled_at: Mapping[str, float]
 
 
@@ -52,7 +55,7 @@ def counters_query(namespace: str, name: str, digest: str, *, age_s: float) -> s
     pods = f'namespace="{namespace}",pod=~"{name}-.+"'
     routes = "|".join(sorted(PREDICTION_ROUTES))
     window = f"[{math.ceil(min(max(age_s, 0) + _SLACK_S, HISTORY_S))}s]"
-    parts = {"perch_predictions_total": ("label", pods), _PER_POD: ("pod", pods)}
+    parts = {"perch_predictions_total": ("label", pods), _STARTS: ("pod, started", pods)}
     for prefix in ("perch", "perch_probe"):
         timed = f'{pods},route="/v1/predict",code="200"'
         parts[f"{prefix}_requests_total"] = ("route, code", f'{pods},route=~"{routes}"')
@@ -60,11 +63,16 @@ def counters_query(namespace: str, name: str, digest: str, *, age_s: float) -> s
         parts[f"{prefix}_request_duration_seconds_bucket"] = ("le, route, code", timed)
     own = f'on (pod) group_left () max by (pod) (max_over_time(perch_model_info{{{pods},release="{digest}"}}{window}))'
     terms = {
-        series: f"sum by ({by}) (max_over_time({series}{{{chosen}}}{window}) * {own})"
+        series: f"sum by ({by}) ({_once(by, f'max_over_time({series}{{{chosen}}}{window})')} * {own})"
         for series, (by, chosen) in parts.items()
     }
-    terms[_SAMPLED_AT] = f"max by (pod) (timestamp({_PER_POD}{{{pods}}}) * {own})"
+    terms[_SAMPLED_AT] = f"max by (pod) (timestamp({_STARTS}{{{pods}}}) * {own})"
     return " or ".join(f'label_replace({term}, "{_SERIES}", "{series}", "", "")' for series, term in terms.items())
+
+
+def _once(by: str, counts: str) -> str:
+    """Each start of a pod's service once, whatever jobs and addresses Prometheus looked at it by."""
+    return f"max by ({', '.join(dict.fromkeys(['pod', 'started', *by.split(', ')]))}) ({counts})"
 
 
 def read_answer(answer: Mapping[str, Any]) -> PodCounts | None:
@@ -83,7 +91,7 @@ def _read(answer: Mapping[str, Any]) -> PodCounts | None:
     if answer.get("status") != "success":
         return None
     samples: list[tuple[str, Mapping[str, str], int]] = []
-    worker_starts: dict[str, int] = {}
+    worker_starts: dict[tuple[str, str], int] = {}
     sampled_at: dict[str, float] = {}
     for row in answer["data"]["result"]:
         labels, value = row["metric"], float(row["value"][1])
@@ -93,8 +101,8 @@ def _read(answer: Mapping[str, Any]) -> PodCounts | None:
         if series == _SAMPLED_AT:
             sampled_at[labels["pod"]] = value
             continue
-        if series == _PER_POD:
-            worker_starts[labels["pod"]] = int(value)
+        if series == _STARTS:
+            worker_starts[labels["pod"], labels.get("started", "")] = int(value)
         samples.append((series, labels, int(value)))
     if not sampled_at:
         return None
@@ -126,7 +134,10 @@ def oldest_sample(known: PodCounts, ready_since: Mapping[str, float], *, now: fl
 
 
 def count_worker_crashes(known: PodCounts, workers: int) -> int:
-    """Worker processes that were started in place of others; 0 where it is not known how many there should be."""
+    """Worker processes that were started in place of others; 0 where it is not known how many there should be.
+
+    Those of a container that was started again are not: that it ended, its pod's status says.
+    """
     return sum(max(0, starts - workers) for starts in known.worker_starts.values()) if workers else 0
 
 

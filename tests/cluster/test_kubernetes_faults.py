@@ -63,6 +63,31 @@ def test_canary__its_pod_deleted_under_traffic__another_one_follows_and_no_reque
     assert after.requests >= before.requests  # what the first one counted is not forgotten
 
 
+def test_canary__its_container_starts_again_in_its_pod__what_it_counts_is_seen_at_once_and_nothing_is_forgotten(
+    settled: KubernetesRig,
+) -> None:
+    target = settled.target
+    target.route(Routing(50))
+    pods = target.pod_uids(Slot.CANARY)
+    with settled.traffic() as traffic:
+        traffic.wait_for(200)
+    before = settled.observe(Slot.CANARY)
+    settled.kill_service(Slot.CANARY)
+    wait_until(lambda: Slot.CANARY not in target.state().ready)
+    down_s = wait_until(lambda: Slot.CANARY in target.state().ready)
+    assert target.pod_uids(Slot.CANARY) == pods
+    with settled.traffic() as traffic:
+        wait_until(lambda: any(exchange.version == "2" for exchange in traffic.since(0)))
+        traffic.wait_for(30)
+    assert traffic.failed == []
+    served = sum(exchange.version == "2" for exchange in traffic.since(0))
+    after = settled.observe(Slot.CANARY)
+    print(f"container back after {down_s:.1f} s: {before.requests} counted before, {served} served since, {after}")
+    assert 0 < served < before.requests  # less than what the first one had counted
+    assert after.requests == before.requests + served
+    assert after.crashes == before.crashes + 1
+
+
 def test_stable__two_pods_and_one_deleted_under_traffic__no_request_fails(settled: KubernetesRig) -> None:
     target, namespace = settled.target, f"--namespace={settled.settings.kubernetes_namespace}"
     process = settled.process_of(Slot.STABLE)

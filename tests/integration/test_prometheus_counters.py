@@ -12,18 +12,28 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.release.prometheus_counters import PodCounts, ask_prometheus, counters_query, oldest_sample, read_answer
+from pipelines.release.prometheus_counters import (
+    PodCounts,
+    ask_prometheus,
+    count_worker_crashes,
+    counters_query,
+    oldest_sample,
+    read_answer,
+)
 from pipelines.services.stack import any_free_port
-from serving.metrics import ServiceMetrics
+from serving.metrics import STARTED_VARIABLE, ServiceMetrics
 from serving.metrics_endpoint import MetricsEndpoint
 
 pytestmark = pytest.mark.services
 
 DIGEST = "5c" * 32
+# Two jobs find each pod, as where somebody's own job stands beside the operator's.
 CONFIGURATION = """
 global: {scrape_interval: 500ms, scrape_timeout: 500ms}
 scrape_configs:
   - job_name: serving
+    file_sd_configs: [{files: ["PODS"], refresh_interval: 200ms}]
+  - job_name: annotated-pods
     file_sd_configs: [{files: ["PODS"], refresh_interval: 200ms}]
 """
 
@@ -126,3 +136,25 @@ def test_counters_query__pods_come_and_go__are_summed_never_fall_and_end_as_no_d
     while pods.ask() is not None:  # counted once, looked at by nobody now
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def test_counters_query__container_starts_again_in_its_pod__counts_at_once_and_what_it_was_stays(
+    pods: Pods, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "perch-serving-b-1"
+    monkeypatch.setenv(STARTED_VARIABLE, "2026-11-22T10:00:00.000Z")
+    service = pods.start(name)
+    for _ in range(5):
+        service.observe_request("/v1/predict", 200, 0.02)
+        service.observe_prediction("1", 0.9)
+    wait_for(pods, lambda found: found.counts.requests == 5)
+
+    pods.end(name)
+    monkeypatch.setenv(STARTED_VARIABLE, "2026-11-22T10:07:00.000Z")
+    again = pods.start(name)
+    again.observe_request("/v1/predict", 500, 0.1, "internal")
+    known = wait_for(pods, lambda found: found.counts.requests == 6)
+    assert (known.counts.errors, known.counts.labels["1"], known.counts.latency_buckets[0.025]) == (1, 5, 5)
+    starts = {(name, "2026-11-22T10:00:00.000Z"): 1, (name, "2026-11-22T10:07:00.000Z"): 1}
+    assert (known.worker_starts, count_worker_crashes(known, 1)) == (starts, 0)  # it is its pod's status that counts it
+    assert known.sampled_at.keys() == {name}

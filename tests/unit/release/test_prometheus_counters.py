@@ -32,8 +32,9 @@ FULL = (
     row("perch_predictions_total", 15, label="square"),
     row("perch_request_duration_seconds_bucket", 30, le="0.05", route="/v1/predict", code="200"),
     row("perch_request_duration_seconds_bucket", 40, le="+Inf", route="/v1/predict", code="200"),
-    row("perch_worker_starts_total", 3, pod="b-1"),
-    row("perch_worker_starts_total", 2, pod="b-2"),
+    row("perch_worker_starts_total", 3, pod="b-1", started="10:00"),
+    row("perch_worker_starts_total", 2, pod="b-1", started="10:07"),  # its container was started again
+    row("perch_worker_starts_total", 2, pod="b-2"),  # a release that does not tell its start
     row("sampled_at", 1000.5, pod="b-1"),
     row("sampled_at", 1002.0, pod="b-2"),
 )
@@ -43,7 +44,7 @@ def test_read_answer__all_series__are_counted_as_those_of_one_service() -> None:
     known = read_answer(answer(*FULL))
     assert known is not None
     counts = known.counts
-    assert (counts.requests, counts.errors, counts.client_errors, counts.worker_starts) == (44, 3, 3, 5)
+    assert (counts.requests, counts.errors, counts.client_errors, counts.worker_starts) == (44, 3, 3, 7)
     assert counts.labels == {"circle": 25, "square": 15}
     assert counts.latency_buckets == {0.05: 30, math.inf: 40}
     assert known.sampled_at == {"b-1": 1000.5, "b-2": 1002.0}
@@ -102,5 +103,6 @@ def test_oldest_sample__pods_that_take_requests__all_have_to_have_been_looked_at
 def test_counters_query__age__bounds_what_prometheus_reads(age_s: float, window: str) -> None:
     query = counters_query("ml", "perch-serving-b", "5c" * 32, age_s=age_s)
     assert query.count(window) == 17
+    assert query.count("max by (pod, started") == 8
     assert query.count('namespace="ml",pod=~"perch-serving-b-.+"') == 18
     assert query.count('release="5c5c5c') == 9

@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from serving.__main__ import STARTED_VARIABLE, server_environment
 from serving.metrics import OTHER_ROUTE, ServiceMetrics
+from serving.settings import ServingSettings
 
 PROJECT = Path(__file__).parents[3]
 WORKER = """
@@ -247,6 +249,24 @@ print(best * 1e6)
     assert float(done.stdout) < 40
 
 
+def test_render__service_started_by_its_entry__counters_say_since_when_and_gauges_do_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen = []
+    for _ in range(2):
+        started = server_environment(ServingSettings(), tmp_path)[STARTED_VARIABLE]
+        monkeypatch.setenv(STARTED_VARIABLE, started)
+        text = ServiceMetrics("digits", "3", "ab" * 32, ["0"]).render().decode()
+        assert _value(text, "perch_requests_total", started=started, route="/v1/predict", code="500") == 0
+        assert _value(text, "perch_batch_size_bucket", started=started, le="8.0") == 0
+        gauges = [line for line in text.splitlines() if line.startswith(("perch_model_info", "perch_ready_workers"))]
+        assert len(gauges) == 2
+        assert not any("started" in line for line in gauges)
+        seen.append(started)
+        time.sleep(0.002)
+    assert seen[0] < seen[1]
+
+
 def test_render__to_promtool__is_well_formed(start_worker: type[Worker]) -> None:
     promtool = shutil.which("promtool")
     assert promtool, "promtool is missing: scripts/debian-packages.sh installs it (package prometheus)"
@@ -256,14 +276,17 @@ def test_render__to_promtool__is_well_formed(start_worker: type[Worker]) -> None
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_metrics_page__its_table__is_what_the_service_shows(metrics: ServiceMetrics) -> None:
+def test_metrics_page__its_table__is_what_the_service_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(STARTED_VARIABLE, "2026-11-22T10:00:00.000Z")
+    metrics = ServiceMetrics("digits", "3", "ab" * 32, ["0", "1"], release="cd" * 32)
     metrics.observe_request("/v1/predict", 200, 0.004)
     metrics.observe_request("/v1/predict", 200, 0.004, is_probe=True)
     shown = {}
     for family in text_string_to_metric_families(metrics.render().decode()):
         name = f"{family.name}_total" if family.type == "counter" else family.name
         labels = {label for sample in family.samples for label in sample.labels} - {"le", "model", "model_version"}
-        shown[name] = (family.type, labels)
+        assert ("started" in labels) == (family.type != "gauge")
+        shown[name] = (family.type, labels - {"started"})
     page = (PROJECT / "docs/reference/metrics.md").read_text()
     rows = re.findall(r"^\| `(perch_\w+)` \| (\w+) \| ([^|]*) \|", page, re.MULTILINE)
     documented = {name: (kind, set(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows}
