@@ -325,11 +325,17 @@ class ReleaseEngine:
                     return self._roll_back(state, f"it did not become ready: {error}")
                 raise
         self._require_own(row)
-        if state.step.phase is Phase.PROMOTED:
-            self._promote(row, state, is_promoted=is_promoted)
-        else:
-            self._append("traffic", state, state.step_evidence)
-            world.target.route(state.step.routing)
+        try:
+            if state.step.phase is Phase.PROMOTED:
+                self._promote(row, state, is_promoted=is_promoted)
+            else:
+                self._append("traffic", state, state.step_evidence)
+                world.target.route(state.step.routing)
+        except Refusal as refusal:
+            # It was ready a moment ago: a pod that was ended is made again, and the next call waits for it first.
+            if world.clock() - state.entered_at > state.plan.params.ready_timeout_s:
+                return self._roll_back(state, f"it cannot take its traffic: {refusal}")
+            raise TryLater(f"{state.rollout_id}: {state.step.name} not yet: {refusal}") from refusal
         baseline, now = state.baseline, world.clock()
         if state.step.is_watched and baseline.canary is None and (seen := world.target.observe(Slot.CANARY)):
             # It is made for the first step; in a later one, what it has counted is of the steps before.

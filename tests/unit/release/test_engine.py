@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -179,6 +180,54 @@ def test_advance__release_that_does_not_start__gets_no_traffic(world: Simulation
     assert "ended while starting" in state.reason
     world.check_back_on(1)
     assert [routing for _, routing in world.target.history if routing != Routing()] == []
+
+
+@pytest.mark.parametrize("is_first", [False, True])
+def test_advance__canary_gone_between_its_readiness_and_its_traffic__is_waited_for_again(
+    folders: Callable[[], Path], monkeypatch: pytest.MonkeyPatch, is_first: bool
+) -> None:
+    world = Simulation(folders(), empty=is_first)
+    rollout, engine, name = world.begin(), world.engine(), "promote" if is_first else "route"
+    world.answer()
+    call = getattr(world.target, name)
+    gone = [Refusal("the slot canary", "is not ready", limit="a service that takes requests")] * 2
+
+    def refuse(*arguments: object) -> None:
+        if gone:
+            raise gone.pop()
+        call(*arguments)
+
+    monkeypatch.setattr(world.target, name, refuse)
+    for _ in range(2):
+        world.tick()
+        with pytest.raises(TryLater, match=r"not yet: .*is not ready"):
+            engine.advance(rollout.rollout_id)
+        assert not world.state(rollout.rollout_id).settled
+    world.run(rollout.rollout_id, engine)
+    world.check_promoted(2, None if is_first else 1)
+
+
+def test_advance__canary_that_is_never_there_for_its_traffic__is_rolled_back_when_it_had_its_time(
+    world: Simulation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rollout, engine = world.begin(), world.engine()
+    world.answer()
+    route = world.target.route
+
+    def refuse(routing: Routing) -> None:
+        if routing != Routing():
+            raise Refusal("the slot canary", "is not ready")
+        route(routing)
+
+    monkeypatch.setattr(world.target, "route", refuse)
+    began, state = world.clock(), world.state(rollout.rollout_id)
+    while not state.is_finished:
+        world.tick(5)
+        with suppress(TryLater):
+            state = engine.advance(rollout.rollout_id)
+    assert state.reason.startswith("it cannot take its traffic: the slot canary")
+    assert world.clock() - began == pytest.approx(QUICK.ready_timeout_s, abs=11)
+    world.check_back_on(1)
 
 
 def test_advance__no_traffic_at_all__never_promotes(world: Simulation) -> None:
