@@ -10,7 +10,8 @@ second:
 - a recorded rollback that nobody finished.
 
 Without the database it goes on with what it read last, and once that is as old as `abandoned_after_s`, takes the
-traffic away all the same.
+traffic away all the same.  The share of the step that follows is not too much meanwhile: the engine wrote that step
+down before it moved traffic, and the database may have gone before anybody here could read it.
 """
 
 from __future__ import annotations
@@ -159,6 +160,7 @@ class Watchdog:
         silence_s = self._silence_s(row)
         if silence_s > limit_s:
             return f"nobody moved the release for {silence_s:.0f} s (limit: {limit_s:g} s)"
+        state = self._perhaps_later(state, actual)
         given, has = 100 if state.step == PROMOTED else state.step.percent, actual.routing.canary_percent
         if has > given:
             return f"the canary has {has} % of the traffic, {state.step.name} gives {given} %"
@@ -167,6 +169,19 @@ class Watchdog:
         if why := self._lasting_trouble(row, state, actual):
             return why
         return self._blindness(row, seen)
+
+    def _perhaps_later(self, state: RolloutState, actual: TargetState) -> RolloutState:
+        """The rollout a step further, where traffic is divided as that step gives and the database does not answer."""
+        if not (state.settled and state.step.is_watched) or actual.routing == state.step.routing:
+            return state
+        following = state.plan.after(state.step, is_first=state.is_first)
+        if not following.is_watched or actual.routing != following.routing:
+            return state
+        try:
+            self._world.glance.list_current()
+        except TryLater:
+            return replace(state, step=following)
+        return state  # whether it is still there, the caller asks
 
     def _lasting_trouble(self, row: RolloutRow, state: RolloutState, actual: TargetState) -> str:
         why = rollback.trouble(state, actual)

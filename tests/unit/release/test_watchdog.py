@@ -237,6 +237,51 @@ def test_check__database_is_away_for_long__takes_the_traffic_away(scene: Scene) 
     assert scene.target.state().routing == Routing()
 
 
+@pytest.fixture
+def unread(scene: Scene) -> Scene:
+    """The engine has taken the step to 50 %, and the database went before the watchdog could read it."""
+    scene.watchdog.check()
+    scene.go_to(Step(Phase.CANARY, 50))
+    away = Away()
+    scene.watchdog._world = replace(scene.world(), rollouts=away, glance=away)  # type: ignore[arg-type]
+    return scene
+
+
+def test_check__database_went_just_after_a_step__leaves_the_steps_share_until_it_is_back(unread: Scene) -> None:
+    for _ in range(5):
+        unread.pass_time()
+        assert unread.watchdog.check() == []
+    unread.watchdog._world = unread.world()
+    for _ in range(30):
+        unread.pass_time()
+        assert unread.watchdog.check() == []
+        if unread.mover.advance(unread.rollout.rollout_id).is_finished:
+            break
+    assert unread.alerts == []
+    unread.check_promoted(2, 1)
+
+
+def test_check__database_went_just_after_a_step_and_stays_away__takes_the_traffic_away(unread: Scene) -> None:
+    while unread.target.state().routing == Routing(50):
+        unread.pass_time()
+        unread.watchdog.check()
+    assert unread.monotonic() - unread.watchdog._read_at == pytest.approx(unread.params.abandoned_after_s, abs=1)
+
+
+@pytest.mark.parametrize("percent", [30, 49, 51, 100])
+def test_check__database_is_away_and_the_weight_is_no_steps__is_taken_back_at_once(unread: Scene, percent: int) -> None:
+    unread.target.route(Routing(percent))
+    unread.watchdog.check()
+    assert unread.target.state().routing == Routing()
+
+
+def test_check__database_went_just_after_a_step_and_the_canary_fails__is_taken_back_at_once(unread: Scene) -> None:
+    unread.target.behave(2, error_rate=0.1)
+    unread.pass_time()
+    unread.watchdog.check()
+    assert unread.target.state().routing == Routing()
+
+
 class Away:
     """A database that does not answer."""
 
