@@ -61,8 +61,10 @@ class ClusterApi:
         Raises:
             TryLater: the API does not answer.
         """
-        found = self._json("GET", f"/{CORE}/namespaces/{self.namespace}/pods", [("labelSelector", selector)])
-        pods: list[dict[str, Any]] = found["items"]
+        path = f"/{CORE}/namespaces/{self.namespace}/pods"
+        pods = self._tree("GET", path, [("labelSelector", selector)]).get("items")
+        if not isinstance(pods, list) or not all(isinstance(pod, dict) and _is_object(pod) for pod in pods):
+            raise self._explain(0, "its answer is no list of pods", f"GET {path}")
         return pods
 
     def apply(self, group: str, kind: str, document: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,7 +90,21 @@ class ClusterApi:
     def _json(
         self, method: str, path: str, query: list[tuple[str, str]] | None = None, body: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
-        tree: dict[str, Any] = json.loads(self._call(method, path, query, body))
+        tree = self._tree(method, path, query, body)
+        if not _is_object(tree):
+            raise self._explain(0, "its answer is no object of Kubernetes", f"{method} {path}")
+        return tree
+
+    def _tree(
+        self, method: str, path: str, query: list[tuple[str, str]] | None = None, body: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """What was answered; a proxy before an API server that is away may answer with anything."""
+        try:
+            tree = json.loads(self._call(method, path, query, body))
+        except ValueError as error:
+            raise self._explain(0, f"its answer is no JSON: {error}", f"{method} {path}") from error
+        if not isinstance(tree, dict):
+            raise self._explain(0, "its answer is no JSON object", f"{method} {path}")
         return tree
 
     def _call(
@@ -152,6 +168,11 @@ def _load(configuration: Any, kubeconfig: str) -> str:
             "  what to do: run it in a pod with an account, or name a kubeconfig by KUBECONFIG"
         ) from error
     return str(context.get("context", {}).get("namespace", ""))
+
+
+def _is_object(tree: Mapping[str, Any]) -> bool:
+    metadata = tree.get("metadata")
+    return isinstance(metadata, dict) and isinstance(metadata.get("name"), str)
 
 
 def _message(error: Any) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from pipelines.errors import EXIT_REFUSED
+from pipelines.errors import EXIT_REFUSED, EXIT_TRY_LATER
 
 SERVER_LABEL = "perch/server"
 DIGEST = "perch/release-digest"
@@ -88,7 +88,10 @@ def count_crashes(pods: Iterable[Mapping[str, Any]]) -> int:
 
 
 def find_ended(pods: Iterable[Mapping[str, Any]]) -> EndedContainer | None:
-    """A container that was refused its release, or that ends again and again."""
+    """A container that was refused its release, or that ends again and again.
+
+    One whose store or disk makes it end with "try again later" is neither, however often it does.
+    """
     for pod in pods:
         status = pod.get("status", {})
         for container in [*(status.get("initContainerStatuses") or ()), *(status.get("containerStatuses") or ())]:
@@ -99,7 +102,7 @@ def find_ended(pods: Iterable[Mapping[str, Any]]) -> EndedContainer | None:
             name = pod["metadata"]["name"]
             if EXIT_REFUSED in codes:
                 return EndedContainer(name, container["name"], is_again, "its release was refused")
-            if restarts > _MOST_STARTS and not container.get("ready"):
+            if restarts > _MOST_STARTS and not container.get("ready") and EXIT_TRY_LATER not in codes:
                 return EndedContainer(name, container["name"], is_again, f"it ended {restarts} times")
     return None
 

@@ -172,18 +172,32 @@ def effective(release: str, record: RouteRecord, live: Mapping[str, Any]) -> Rou
 
 
 def is_taken(live: Mapping[str, Any], generation: int) -> bool:
-    """Whether every gateway that the route names has said that it takes this generation of it."""
-    parents = live.get("status", {}).get("parents") or ()
+    """Whether every gateway that the route names has said that it takes this generation of it, and finds its Services.
+
+    A gateway that accepts a route but does not find what it leads to answers that share of the requests with 500.  One
+    that says nothing of its Services (`ResolvedRefs`) is taken at its word.
+    """
     accepted = [
         any(
-            condition.get("type") == "Accepted"
-            and condition.get("status") == "True"
-            and int(condition.get("observedGeneration", 0)) >= generation
+            condition.get("type") == "Accepted" and _says(condition, "True", generation)
             for condition in parent.get("conditions") or ()
         )
-        for parent in parents
+        for parent in live.get("status", {}).get("parents") or ()
     ]
-    return bool(accepted) and all(accepted)
+    return bool(accepted) and all(accepted) and not unresolved(live, generation)
+
+
+def unresolved(live: Mapping[str, Any], generation: int) -> str:
+    """What a gateway says of Services that it does not find; empty where it finds them."""
+    for parent in live.get("status", {}).get("parents") or ():
+        for condition in parent.get("conditions") or ():
+            if condition.get("type") == "ResolvedRefs" and _says(condition, "False", generation):
+                return f"{condition.get('reason', 'ResolvedRefs')}: {condition.get('message', '')}"
+    return ""
+
+
+def _says(condition: Mapping[str, Any], status: str, generation: int) -> bool:
+    return condition.get("status") == status and int(condition.get("observedGeneration", 0)) >= generation
 
 
 def _rule(release: str, plan: Plan) -> Tree:

@@ -26,6 +26,7 @@ from pipelines.release.kubernetes_route import (
     read_record,
     route_document,
     route_name,
+    unresolved,
 )
 from pipelines.release.local_plan import PROCESSES, PRODUCTION_PROCESSES, Deployment, Plan
 from pipelines.release.prometheus_counters import (
@@ -262,10 +263,11 @@ class KubernetesTarget:
     def _put_in_force(self, change: Callable[[Plan], Plan]) -> None:
         generation = self._change(change, check=self._require_routable)
         deadline = time.monotonic() + _IN_FORCE_LIMIT_S
-        while not is_taken(self._live(), generation):
+        while not is_taken(live := self._live(), generation):
             if time.monotonic() > deadline:
+                why = unresolved(live, generation)
                 raise TryLater(
-                    f"no gateway takes the HTTPRoute {route_name(self._release)}\n"
+                    f"no gateway takes the HTTPRoute {route_name(self._release)}{why and f': {why}'}\n"
                     "  what to do: `kubectl describe httproute` says what gateways make of it; it is written, "
                     "and comes into force when they come back"
                 )

@@ -115,6 +115,17 @@ def test_find_ended__ends_again_and_again__is_given_up_after_five() -> None:
     assert find_ended([pod(container(RUNNING, 6, TERMINATED))]) is None  # it is ready now
 
 
+def test_find_ended__store_away_for_longer_than_six_starts__is_waited_for() -> None:
+    later = {"terminated": {"exitCode": 75}}
+    fetching = pod(container({"waiting": {"reason": "PodInitializing"}}), ready=False)
+    for states in ((BACK_OFF, later), (later, later), (RUNNING, later)):
+        status = {**container(states[0], 9, states[1], "fetch"), "ready": False}
+        fetching["status"]["initContainerStatuses"] = [status]
+        assert find_ended([fetching]) is None
+    full_disk = container(BACK_OFF, 9, later)
+    assert find_ended([pod(full_disk, ready=False)]) is None
+
+
 def test_explain_waiting__image_that_is_not_there__says_so_once() -> None:
     waiting = pod(container({"waiting": {"reason": "ErrImagePull", "message": "not found"}}), ready=False)
     assert explain_waiting([waiting, waiting]) == "serving: ErrImagePull not found"

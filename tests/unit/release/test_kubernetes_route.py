@@ -19,6 +19,7 @@ from pipelines.release.kubernetes_route import (
     read_routing,
     route_document,
     route_name,
+    unresolved,
 )
 from pipelines.release.local_plan import Plan
 from pipelines.release.targets import ReleaseRef, Routing, Slot
@@ -169,3 +170,17 @@ def test_is_taken__gateways__all_have_to_have_seen_this_generation() -> None:
     assert is_taken({"status": {"parents": [parent(3), parent(4)]}}, 3)
     assert not is_taken({"status": {"parents": [parent(3), parent(2)]}}, 3)
     assert not is_taken({"status": {"parents": [parent(3, "False")]}}, 3)
+
+
+@pytest.mark.parametrize(
+    ("status", "generation", "is_found"), [("True", 3, True), ("False", 3, False), ("False", 2, True)]
+)
+def test_is_taken__gateway_does_not_find_a_service__is_not_in_force_and_says_why(
+    status: str, generation: int, is_found: bool
+) -> None:
+    refs = {"type": "ResolvedRefs", "status": status, "observedGeneration": generation}
+    refs |= {"reason": "BackendNotFound", "message": "no Service perch-serving-b"} if status == "False" else {}
+    accepted = {"type": "Accepted", "status": "True", "observedGeneration": 3}
+    live = {"status": {"parents": [{"conditions": [accepted]}, {"conditions": [accepted, refs]}]}}
+    assert is_taken(live, 3) == is_found
+    assert unresolved(live, 3) == ("" if is_found else "BackendNotFound: no Service perch-serving-b")
