@@ -80,7 +80,7 @@ def test_serving_image__as_built__is_small_and_holds_no_training(images: dict[st
     _, size_mb = images["serving"]
     assert size_mb <= MAX_SERVING_MB
     found = packages("serving")
-    assert {"bentoml", "onnxruntime", "libc6"} <= found
+    assert {"bentoml", "onnxruntime", "libc6", "python"} <= found
     assert not {"torch", "mlflow", "apache-airflow", "pytorch-lightning", "pandas", "pip"} & found
 
 
