@@ -1,6 +1,7 @@
 """Each step of a run, with PostgreSQL and S3 cut off for some seconds in its middle, ends well or with "try later".
 
-Each attempt is a machine of its own, as a pod is: what it finds, it finds in the bucket and in the databases.
+The ledger is in PostgreSQL, and so is what an MLflow server keeps, to which every step writes.  Each attempt is a
+machine of its own, as a pod is: what it finds, it finds in the bucket and in the databases.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,12 @@ from pipelines.settings import Settings
 from tests.integration.postgresql_proxy import Proxy
 from tests.integration.postgresql_server import make_database
 from tests.integration.s3_fault_proxy import FaultProxy
+from tests.integration.test_registry_over_mlflow import Server as Mlflow
 
 PROJECT = Path(__file__).parents[2]
 STEPS = pipeline_steps(Settings(project_dir=PROJECT))
 OVERRIDES = {"model_training.epochs": 4, "model_training.int8": False, "data_ingestion.as_of": "2026-11-01"}
 CUT_S = 4.0
-MODEL = "digits-classification"
 
 pytestmark = [pytest.mark.services, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -144,12 +145,21 @@ def server() -> Iterator[str]:
     server.stop()
 
 
-def open_run(name: str, server: str, postgresql: Path, folder: Path, mlflow_template: Path) -> Run:
+@contextmanager
+def serve_run(name: str, server: str, postgresql: Path, folder: Path) -> Iterator[Run]:
     """A run with an empty bucket, an empty database and a registry of its own."""
-    url = make_database(postgresql, f"perch_{name}")
-    database, s3 = Proxy.before(url), FaultProxy(server)
-    folder.mkdir()
-    (folder / "mlflow.db").write_bytes(mlflow_template.read_bytes())
+    url, kept_by_mlflow = make_database(postgresql, f"perch_{name}"), make_database(postgresql, f"mlflow_{name}")
+    with closing(Proxy.before(url)) as database, closing(FaultProxy(server)) as s3:
+        mlflow = Mlflow(folder, database.url(kept_by_mlflow))
+        (folder / "mlflow").mkdir()
+        mlflow.start()
+        try:
+            yield open_run(name, server, folder, Network(s3, database), mlflow.uri, url)
+        finally:
+            mlflow.kill()
+
+
+def open_run(name: str, server: str, folder: Path, network: Network, mlflow_uri: str, url: str) -> Run:
     bucket: Any = boto3.resource(
         "s3", endpoint_url=server, aws_access_key_id="test", aws_secret_access_key="test", region_name="us-east-1"
     ).Bucket(name)
@@ -159,9 +169,9 @@ def open_run(name: str, server: str, postgresql: Path, folder: Path, mlflow_temp
         "PERCH_PROJECT_DIR": str(PROJECT),
         "PERCH_RUNS_URL": f"s3://{name}/perch",
         "PERCH_RELEASES_URL": f"s3://{name}/releases",
-        "PERCH_S3_ENDPOINT_URL": s3.url,
-        "PERCH_MLFLOW_URI": f"sqlite:///{folder / 'mlflow.db'}",
-        "PERCH_DATABASE_URL": database.url(url),
+        "PERCH_S3_ENDPOINT_URL": network.s3.url,
+        "PERCH_MLFLOW_URI": mlflow_uri,
+        "PERCH_DATABASE_URL": network.database.url(url),
         "PERCH_SIGNING_KEY": str(create_key(Settings(home=folder)).private),
         "PERCH_SERVING_PUBLIC_KEYS": str(Settings(home=folder).keys_dir),
         "PERCH_GIT_SHA": "0" * 40,
@@ -169,43 +179,37 @@ def open_run(name: str, server: str, postgresql: Path, folder: Path, mlflow_temp
         "AWS_SECRET_ACCESS_KEY": "test",
         "AWS_DEFAULT_REGION": "us-east-1",
     }
-    return Run(folder, Network(s3, database), environment, url)
+    return Run(folder, network, environment, url)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(
-    server: str, postgresql_server: Path, tmp_path_factory: pytest.TempPathFactory, empty_mlflow_database: Path
-) -> Iterator[tuple[Run, dict[str, dict[str, Any]]]]:
-    """A run that nothing happened to, and what each step of it left."""
-    folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    run = open_run("undisturbed", server, postgresql_server, folder, empty_mlflow_database)
-    with closing(run.network.s3), closing(run.network.database):
-        left = {}
+    server: str, postgresql_server: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, int], dict[str, dict[str, Any]]]:
+    """Of a run that nothing happened to, how often each step asked for something, and what it left."""
+    left = {}
+    with serve_run("undisturbed", server, postgresql_server, tmp_path_factory.mktemp("undisturbed")) as run:
         for step in STEPS:
             code, said = run.attempt(step)
             assert code == EXIT_OK, said
             left[step] = run.outcome(step)
-        yield run, left
+        return run.requests, left
 
 
 @pytest.fixture(scope="module")
-def disturbed(
-    server: str, postgresql_server: Path, tmp_path_factory: pytest.TempPathFactory, empty_mlflow_database: Path
-) -> Iterator[Run]:
-    folder = tmp_path_factory.mktemp("disturbed") / "run"
-    run = open_run("disturbed", server, postgresql_server, folder, empty_mlflow_database)
-    with closing(run.network.s3), closing(run.network.database):
+def disturbed(server: str, postgresql_server: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    with serve_run("disturbed", server, postgresql_server, tmp_path_factory.mktemp("disturbed")) as run:
         yield run
 
 
 @pytest.mark.parametrize("step", STEPS)
 def test_step__both_connections_lost_in_its_middle__ends_well_or_later_and_the_same(
-    undisturbed: tuple[Run, dict[str, dict[str, Any]]], disturbed: Run, step: str
+    undisturbed: tuple[dict[str, int], dict[str, dict[str, Any]]], disturbed: Run, step: str
 ) -> None:
-    base, left = undisturbed
+    requests, left = undisturbed
     disturbed.do_steps_before(step)
-    code, said = disturbed.attempt(step, cut_at=base.requests[step] // 2)
-    print(f"{step}: cut at request {base.requests[step] // 2} of {base.requests[step]}, exit {code}")
+    code, said = disturbed.attempt(step, cut_at=requests[step] // 2)
+    print(f"{step}: cut at request {requests[step] // 2} of {requests[step]}, exit {code}")
     assert disturbed.network.was_cut
     assert code in (EXIT_OK, EXIT_TRY_LATER), said
     assert "Traceback" not in said

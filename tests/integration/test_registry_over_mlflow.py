@@ -36,10 +36,11 @@ STAGES = ("data_ingestion", "data_validation", "model_training", "model_evaluati
 
 
 class Server:
-    """MLflow over the home's own database, as `perch up` starts it."""
+    """MLflow over the home's own database, as `perch up` starts it, or over another."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, database: str = "") -> None:
         self.home = home
+        self.database = database or f"sqlite:///{home / 'mlflow' / 'mlflow.db'}"
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -50,7 +51,7 @@ class Server:
         folder = self.home / "mlflow"
         command = [str(Path(sys.executable).with_name("mlflow")), "server", "--host", "127.0.0.1"]
         command += ["--port", str(self.port), "--workers", "1"]
-        command += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
+        command += ["--backend-store-uri", self.database]
         command += ["--artifacts-destination", str(folder / "artifacts")]
         switches = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
         with (self.home / "mlflow.log").open("ab") as log:
