@@ -8,13 +8,18 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import boto3
 import httpx
 import pytest
+import requests
 from moto.server import ThreadedMotoServer
 
+from pipelines.registry.connection import Mlflow, with_mlflow
 from pipelines.services.stack import any_free_port
+from pipelines.settings import Settings
 from tests.helm import rendering
 from tests.helm.rendering import NAMESPACE, RELEASE
 from tests.integration.postgresql_server import make_database, serve_postgresql
@@ -41,7 +46,16 @@ def store() -> Iterator[str]:
     server.stop()
 
 
-def test_mlflow__as_the_chart_starts_it__keeps_runs_and_artifacts(database: str, store: str, tmp_path: Path) -> None:
+def keep_and_fetch(mlflow: Mlflow, folder: Path) -> bytes:
+    (note := folder / "note.txt").write_bytes(b"kept, too")
+    artifacts = mlflow.artifacts(mlflow.client.create_run("0").info.run_id)
+    artifacts.log_artifact(str(note))
+    return Path(artifacts.download_artifacts("note.txt")).read_bytes()
+
+
+def test_mlflow__as_the_chart_starts_it__keeps_runs_and_artifacts(
+    database: str, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     values = rendering.values_of("default", objectStore={"endpointUrl": store, "region": "us-east-1"})
     template = rendering.find(rendering.render(values), "Deployment", f"{RELEASE}-mlflow")["spec"]["template"]
     (container,) = template["spec"]["containers"]
@@ -68,11 +82,13 @@ def test_mlflow__as_the_chart_starts_it__keeps_runs_and_artifacts(database: str,
         )
     try:
         client = httpx.Client(base_url=f"http://127.0.0.1:{port}", headers={"Host": HOST}, timeout=30)
-        path = container["readinessProbe"]["httpGet"]["path"]
+        probe = container["readinessProbe"]["httpGet"]
+        named = {header["name"]: header["value"] for header in probe["httpHeaders"]}
+        assert named == {"Host": "localhost:5000"}  # the kubelet's own, the pod's address, is none that is let in
         deadline = time.monotonic() + 180
         while True:
             try:
-                if client.get(path, headers={"Host": "10.0.0.7:5000"}).status_code == 200:  # as the kubelet asks
+                if client.get(probe["path"], headers=named).status_code == 200:
                     break
             except httpx.TransportError:
                 pass
@@ -80,6 +96,8 @@ def test_mlflow__as_the_chart_starts_it__keeps_runs_and_artifacts(database: str,
             assert time.monotonic() < deadline, (tmp_path / "log").read_text()
             time.sleep(0.5)
 
+        alive = client.get(container["livenessProbe"]["httpGet"]["path"], headers={"Host": "10.0.0.7:5000"})
+        assert alive.status_code == 200
         api = "/api/2.0/mlflow"
         experiment = client.post(f"{api}/experiments/create", json={"name": "digits"})
         assert experiment.status_code == 200, experiment.text
@@ -94,6 +112,18 @@ def test_mlflow__as_the_chart_starts_it__keeps_runs_and_artifacts(database: str,
         )
         keys = [entry["Key"] for entry in s3.list_objects_v2(Bucket="perch")["Contents"]]
         assert [key for key in keys if key.startswith("mlflow/") and key.endswith("/note.txt")]
+
+        # Perch's own files go the same way, though the server offers to send its clients to the store.
+        asked, send = set(), requests.Session.send
+
+        def note(session: requests.Session, request: requests.PreparedRequest, **options: Any) -> requests.Response:
+            asked.add(urlsplit(str(request.url)).netloc)
+            return send(session, request, **options)
+
+        monkeypatch.setattr(requests.Session, "send", note)
+        settings = Settings(home=tmp_path / "home", mlflow_uri=f"http://127.0.0.1:{port}")
+        assert with_mlflow(settings, lambda mlflow: keep_and_fetch(mlflow, tmp_path)) == b"kept, too"
+        assert asked == {f"127.0.0.1:{port}"}
 
         stranger = client.get(f"{api}/experiments/get", headers={"Host": "evil.example"}, params={"experiment_id": "0"})
         assert stranger.status_code == 403
