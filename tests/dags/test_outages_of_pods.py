@@ -75,8 +75,8 @@ class ApiServer:
 
             def do_DELETE(self) -> None:
                 self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                self.answer_pod(self.path)
-                api.pods.pop(self.path.rpartition("/")[2], None)
+                found = api.pods.pop(self.path.rpartition("/")[2], None)
+                self.answer(200 if found else 404, found or {"kind": "Status", "code": 404})
 
             def answer_pod(self, path: str) -> None:
                 found = api.pods.get(path.rpartition("/")[2])
@@ -194,6 +194,7 @@ def test_pod__looked_at_after_its_tasks_time_with_the_api_server_away__is_given_
         resumed(api).trigger_reentry(context(), event("timeout", _execution_deadline=time.time() - 1))
 
 
+@pytest.mark.timeout(60)  # a worker that watches would do so until the pod ends
 def test_pod__after_many_outages__is_watched_further_without_a_worker(api: ApiServer) -> None:
     api.start()
     api.pod_runs()
