@@ -36,7 +36,7 @@ within() { # FOLDER COMMAND: what packages set up themselves looks into /proc
   unshare --mount sh -euc 'mount -t proc proc "$1/proc"; exec chroot "$@"' sh "$@"
 }
 debian() { # NAME SUITE PACKAGES [COMMAND in it]
-  [ -e "$cache/$1/.complete" ] && return
+  [ "$(cat "$cache/$1/.complete" 2>/dev/null)" = "$2 $3" ] && return
   rm -rf "${cache:?}/$1"
   mkdir -p "$cache/$1/usr/sbin" "$cache/$1/etc/postgresql-common"
   printf '#!/bin/sh\nexit 101\n' >"$cache/$1/usr/sbin/policy-rc.d" # no package starts its service
@@ -46,9 +46,9 @@ debian() { # NAME SUITE PACKAGES [COMMAND in it]
     cp /etc/resolv.conf "$cache/$1/etc/resolv.conf" &&
     DEBIAN_FRONTEND=noninteractive within "$cache/$1" apt-get install --yes --no-install-recommends $3 &&
     { [ -z "${4:-}" ] || within "$cache/$1" sh -euc "$4"; } &&
-    rm -rf "$cache/$1"/var/cache/apt/archives/*.deb "$cache/$1"/var/lib/apt/lists/* && touch "$cache/$1/.complete"
+    rm -rf "$cache/$1"/var/cache/apt/archives/*.deb "$cache/$1"/var/lib/apt/lists/* && echo "$2 $3" >"$cache/$1/.complete"
 }
-debian engine trixie "docker.io docker-cli docker-compose containerd runc iptables iproute2 procps tini ca-certificates" \
+debian engine trixie "docker.io docker-cli docker-buildx docker-compose containerd runc iptables iproute2 procps tini ca-certificates" \
   >"$log" 2>&1 || skip "Debian's Docker cannot be installed into $cache"
 debian stand-ins sid "postgresql-18 prometheus prometheus-alertmanager busybox ca-certificates" '
   sed -i "s/^postgres:x:[0-9]*:[0-9]*:/postgres:x:999:999:/" /etc/passwd
@@ -118,6 +118,25 @@ done
 inside docker version >/dev/null 2>&1 || { tail -n 20 "$work/dockerd.log" >&2; skip "no Docker Engine runs here"; }
 phase "Docker Engine started"
 
+# docker/build.sh with Docker, which it is called with elsewhere than here: the engine reaches no network, so that base and
+# packages are given to it.
+pid=$(pgrep --parent "$unshared")
+base=$(bash docker/make-base.sh 2>"$log") || { tail -n 20 "$log" >&2; exit 1; }
+buildah push --quiet "$base" "docker-archive:$engine/srv/base.tar:$base"
+inside docker load --quiet --input /srv/base.tar >/dev/null
+rm "$engine/srv/base.tar"
+"$python" -m pip --quiet download --no-deps --only-binary :all: --python-version 3.11 --dest "$cache/wheels" \
+  --requirement serving/requirements.lock >"$log" 2>&1 &&
+  "$python" -m pip --quiet download --dest "$cache/wheels" "$(sed -n 's/^requires = \["\(.*\)"\]/\1/p' pyproject.toml)" >"$log" 2>&1 ||
+  { tail -n 20 "$log" >&2; exit 1; }
+mkdir "$work/docker"
+echo "{\"cliPluginsExtraDirs\": [\"$engine/usr/libexec/docker/cli-plugins\"]}" >"$work/docker/config.json"
+nsenter --target "$pid" --net env DOCKER_CONFIG="$work/docker" DOCKER_HOST="unix:///proc/$pid/root/run/docker.sock" \
+  PIP_NO_INDEX=1 PIP_FIND_LINKS="$cache/wheels" TOOL="$engine/usr/bin/docker" BASE="$base" TAG=$tag \
+  bash docker/build.sh serving 2>"$log" || { tail -n 20 "$log" >&2; exit 1; }
+: >"$log"
+phase "image of the service, built by Docker"
+
 buildah push --quiet "perch-server:$tag" "docker-archive:$engine/srv/server.tar:perch-server:$tag"
 inside docker load --quiet --input /srv/server.tar
 rm "$engine/srv/server.tar"
@@ -142,7 +161,6 @@ sed -n 's|^ *image: \(docker.io/.*/\([a-z]*\):.*\)|\1 \2|p' docker/compose.yaml 
 done
 phase "images loaded"
 
-pid=$(pgrep --parent "$unshared")
 PERCH_COMPOSE_ENGINE=$pid PERCH_COMPOSE_CHECKOUT=$checkout PERCH_COMPOSE_IMAGE=perch-server:$tag CI=true \
   nsenter --target "$pid" --net "$python" -m pytest "${@:-tests/compose}" -m compose --timeout 1800 --basetemp "$work/tests"
 phase "tests"
