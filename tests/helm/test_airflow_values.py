@@ -58,7 +58,9 @@ def test_airflow__its_pods__are_locked_down_as_the_charts() -> None:
 @pytest.mark.parametrize("part", ["apiServer", "scheduler", "dagProcessor", "triggerer", "workers"])
 def test_airflow__each_part__asks_for_resources_and_has_a_bound(part: str) -> None:
     for side in ("requests", "limits"):
-        assert set(VALUES[part]["resources"][side]) == {"cpu", "memory"}
+        assert set(VALUES[part]["resources"][side]) == {"cpu", "memory", "ephemeral-storage"}
+        volumes = sum(int(known["emptyDir"]["sizeLimit"][:-2]) for known in VALUES["volumes"] if "emptyDir" in known)
+        assert VALUES[part]["resources"][side]["ephemeral-storage"] == f"{volumes * 1024 + 128}Mi"
 
 
 def test_airflow__what_its_own_image_alone_can__is_not_asked_of_this_one() -> None:
