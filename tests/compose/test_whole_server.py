@@ -126,6 +126,9 @@ def test_up__a_new_server__has_its_pages_its_rules_and_no_model(server: Server) 
     assert {rule["health"] for rule in rules} == {"ok"}
     assert "PerchServingDown" in {rule["name"] for rule in rules}
     assert server.airflow("admin").get("/api/v2/importErrors").json()["total_entries"] == 0
+    asked = ["docker", "inspect", "--format", "{{.HostConfig.Memory}} {{.HostConfig.OomScoreAdj}}"]
+    said = server.run(*asked, "perch-airflow-scheduler-1", "perch-mlflow-1", "perch-postgres-1").splitlines()
+    assert said == [f"{6 << 30} 500", f"{2 << 30} 0", "0 0"]
 
 
 def test_names__that_people_use__lead_containers_to_the_same_pages(server: Server) -> None:

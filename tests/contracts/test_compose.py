@@ -198,11 +198,13 @@ def test_settings_of_airflow__that_are_set__exist() -> None:
         assert option in known[section]["options"], variable
 
 
-def test_memory__of_what_trains__is_limited_and_the_database_is_ended_last() -> None:
+def test_memory__of_what_trains__is_limited_and_it_is_ended_first() -> None:
     limits = {name: resolved(service["mem_limit"]) for name, service in SERVICES.items() if "mem_limit" in service}
     assert limits.pop("airflow-scheduler") == "6g"  # the local runner's steps are its children
     assert limits == dict.fromkeys(("mlflow", "airflow-api", "airflow-triggerer", "airflow-dag-processor"), "2g")
-    assert SERVICES["postgres"]["oom_score_adj"] < 0
+    # Only upwards: the other way needs a right that Docker without root has not.
+    adjusted = {name: service["oom_score_adj"] for name, service in SERVICES.items() if "oom_score_adj" in service}
+    assert adjusted == {"airflow-scheduler": 500}
 
 
 @each_service
