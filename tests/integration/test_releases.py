@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -133,6 +134,11 @@ def end(process: "subprocess.Popen[bytes]") -> None:
             process.wait()
 
 
+def starts(url: str) -> set[str]:
+    """Since when the server's counters count, as they say themselves."""
+    return set(re.findall(r'^perch_\w+_total{.*started="([^"]+)"', httpx.get(f"{url}/metrics").text, re.MULTILINE))
+
+
 def objects_of(released: Released) -> dict[str, Any]:
     """What the bucket holds of a release: key to digest and time."""
     client: Any = boto3.client("s3", endpoint_url=released.settings.s3_endpoint_url)
@@ -161,6 +167,7 @@ def test_release__packaged_into_a_bucket__is_fetched_verified_and_served(release
         answer = httpx.post(f"{url}/v1/predict", files={"image": (tmp_path / "image.png").read_bytes()})
         assert answer.status_code == 200, answer.text
         assert answer.json()["label"] in {"circle", "square"}
+        (first_start,) = starts(url)
     finally:
         end(server)
     assert f"release {package.digest[:12]} signed by {package.key_id}" in released.log.read_text()
@@ -171,6 +178,8 @@ def test_release__packaged_into_a_bucket__is_fetched_verified_and_served(release
     )
     try:
         wait_until_ready(released, server, url)
+        (second_start,) = starts(url)
+        assert first_start < second_start  # so that neither's counters hide behind the other's
     finally:
         end(server)
 
