@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from pipelines.services.orphan_pods import StepPod, find_orphans, read_pod
+from pipelines.services.orphan_pods import StepPod, clean_pods, find_orphans, read_pod
+from pipelines.settings import Settings
 
 NOW = datetime(2026, 11, 1, 3, tzinfo=UTC)
 
@@ -91,3 +97,56 @@ def test_pod__as_the_api_tells_it__is_read_by_its_annotations() -> None:
     assert going is not None
     assert going.gone_by == NOW - timedelta(minutes=9)
     assert read_pod({"metadata": {"name": "x", "creationTimestamp": "2026-11-01T02:50:00Z"}}) is None
+
+
+def test_pods_clean__lost_pod__is_looked_for_by_its_installation_and_removed_without_its_nodes_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    annotations = {"dag-id": "d", "run-id": "r", "task-id": "t", "map-index": "-1", "try-number": "1"}
+    times = {"creationTimestamp": "2026-11-01T02:50:00Z", "deletionTimestamp": "2026-11-01T02:51:00Z"}
+    said = {f"perch/{name}": value for name, value in annotations.items()}
+    asked: list[tuple[str, str, dict[str, list[str]]]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            url = urlsplit(self.path)
+            asked.append((self.command, url.path, parse_qs(url.query)))
+            body = json.dumps({"items": [{"metadata": {"name": "perch-t-x", "annotations": said, **times}}]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_DELETE(self) -> None:
+            self.do_GET()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    named = {"clusters": [{"name": "c", "cluster": {"server": f"http://127.0.0.1:{server.server_port}"}}]}
+    named |= {
+        "users": [{"name": "u", "user": {}}],
+        "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
+    }
+    (tmp_path / "kubeconfig").write_text(json.dumps({**named, "current-context": "x"}))
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
+    monkeypatch.setenv("AIRFLOW_HOME", str(tmp_path))
+    try:
+        settings = Settings(
+            kubernetes_namespace="ml",
+            kubernetes_release="perch-two",
+            airflow_uri="http://127.0.0.1:9",
+            airflow_user="cleaner",
+            airflow_password="secret",
+        )
+        (lost,) = clean_pods(settings)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert lost.is_lost
+    (_, _, listed), (how, where, options) = asked
+    assert "app.kubernetes.io/instance=perch-two" in listed["labelSelector"][0].split(",")
+    assert (how, where) == ("DELETE", "/api/v1/namespaces/ml/pods/perch-t-x")
+    assert options == {"gracePeriodSeconds": ["0"]}
