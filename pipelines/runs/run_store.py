@@ -43,7 +43,7 @@ class Stored:
 class RunStore:
     """The objects of one run, below `<PERCH_RUNS_URL>/runs/<folder>/`.
 
-    Conditional writes (`If-None-Match`, `If-Match`) are what keeps two writers apart; AWS, MinIO and Ceph know them.
+    Conditional writes (`If-None-Match`, `If-Match`) are what keeps two writers apart; AWS and MinIO know them.
 
     Args:
         settings: name the bucket, and where it is.
@@ -183,7 +183,7 @@ class RunStore:
             f"the store {_S3}{self._bucket}",
             "replaces an object although the request says If-None-Match: *",
             limit="conditional writes, without which two machines could work on one run",
-            way_out="use a store that has them (AWS, MinIO, Ceph Squid), or a newer version of yours",
+            way_out="use a store that has them (AWS, MinIO), or a newer version of yours",
         )
 
 
