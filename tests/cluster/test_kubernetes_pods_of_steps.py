@@ -130,11 +130,11 @@ def test_pods_clean__pod_of_another_installation__leaves_it_alone(
 ) -> None:
     monkeypatch.setattr(orphan_pods, "_SETTLING_S", 0.0)
     airflow |= {"data_ingestion": "failed"}
-    own = create(namespace, "data_ingestion")
+    own, settings = create(namespace, "data_ingestion"), settings_for(airflow)
     monkeypatch.setenv("PERCH_KUBERNETES_RELEASE", "perch-two")
     get_settings.cache_clear()
     create(namespace, "data_ingestion")
-    assert [orphan.pod.name for orphan in clean_pods(settings_for(airflow))] == [own]
+    assert [orphan.pod.name for orphan in clean_pods(settings)] == [own]
 
 
 def test_pods_clean__pod_asked_to_end_on_a_node_that_does_not_answer__is_forgotten_at_once(
