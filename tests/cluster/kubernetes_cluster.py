@@ -17,6 +17,7 @@ from pipelines.release.targets import Slot
 PROJECT = Path(__file__).parents[2]
 SCRIPTS = Path(os.environ.get("PERCH_KUBE_SCRIPTS", PROJECT.parent / "shared/kube"))
 _CACHE = Path(os.environ.get("K8S_CACHE", Path.home() / ".cache/perch-kube"))
+PROGRAM, IMAGES = _CACHE / "bin/hyperkube", _CACHE / "images"
 HOST_SEEN_FROM_PODS = "10.199.0.1"
 
 HTTP_ROUTES = {
@@ -49,7 +50,7 @@ def why_not() -> str:
         return "a node needs root"
     if not (SCRIPTS / "up.sh").is_file():
         return f"{SCRIPTS} has no up.sh: name the folder by PERCH_KUBE_SCRIPTS"
-    if not (_CACHE / "bin/hyperkube").exists():
+    if not PROGRAM.exists():
         return f"{_CACHE} holds no Kubernetes: {SCRIPTS}/build.sh makes one"
     return ""
 
@@ -64,6 +65,7 @@ class Cluster:
 
     def __init__(self, run: Path, *, node: bool) -> None:
         self.run, self.has_node = run, node
+        self.inits: dict[str, int] = {}  # of each node: the process whose end ends all in its namespaces
         self.environment = {**os.environ, "K8S_RUN": str(run)}
         if not node:  # beside another one; each takes a few ports in a row, out of the range that the kernel gives away
             self.environment |= {"K8S_PORT": "18443", "K8S_ETCD_PORT": "18379"}
@@ -79,6 +81,8 @@ class Cluster:
         )
         if done.returncode:
             raise RuntimeError(f"up.sh {mode}: {done.stdout[-1000:]}{done.stderr[-2000:]}")
+        if self.has_node:
+            self.inits["node1"] = int((self.run / "pids/nodeinit").read_text())
         self.apply([HTTP_ROUTES])
         self.kubectl("wait", "--for=condition=Established", f"crd/{HTTP_ROUTES['metadata']['name']}", "--timeout=30s")
 
@@ -118,10 +122,12 @@ class Cluster:
         route = self.read("httproute", "perch-serving", f"--namespace={namespace}")
         return str(route["metadata"]["annotations"][f"perch/{slot}"])
 
-    def load_image(self, archive: Path) -> None:
-        """Give an image to the node, from a Docker archive."""
-        init = (self.run / "pids/nodeinit").read_text().strip()
-        inside = ["nsenter", "--target", init, "--net", "--mount", "--pid"]
-        subprocess.run(
-            [*inside, "ctr", "--namespace=k8s.io", "images", "import", str(archive)], check=True, capture_output=True
-        )
+    def load_image(self, archive: Path, node: str = "node1") -> None:
+        """Give an image to a node, from a Docker archive."""
+        words = ["ctr", "--namespace=k8s.io", "images", "import", str(archive)]
+        subprocess.run([*inside(self.inits[node]), *words], check=True, capture_output=True)
+
+
+def inside(init: int) -> list[str]:
+    """What a command begins with that is to run where this process does, in a node's namespaces."""
+    return ["nsenter", f"--target={init}", "--net", "--mount", "--pid"]
