@@ -18,6 +18,7 @@ from pipelines.services.stack import Stack, any_free_port
 from pipelines.settings import Settings
 from tests.integration.local_rig import ENVIRONMENT, Rig, serve_locally
 from tests.integration.postgresql_server import make_database, serve_postgresql
+from tests.integration.s3_server import serve_s3
 from tests.integration.served_release import Server, stage_release
 
 PROJECT = Path(__file__).parents[2]
@@ -103,6 +104,12 @@ def postgresql_server() -> Iterator[Path]:
     """The folder of a running PostgreSQL's socket."""
     with serve_postgresql() as folder:
         yield folder
+
+
+@pytest.fixture(scope="module")
+def s3_server() -> Iterator[str]:
+    with serve_s3() as url:
+        yield url
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ from typing import Any
 
 import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from pipelines.errors import EXIT_OK, EXIT_TRY_LATER
 from pipelines.registry.ledger import Ledger
@@ -27,7 +26,6 @@ from pipelines.release.keys import create_key
 from pipelines.runs.pipeline import pipeline_steps
 from pipelines.runs.replaying import lock_outs
 from pipelines.runs.workspaces import workspace_of
-from pipelines.services.stack import any_free_port
 from pipelines.settings import Settings
 from tests.integration.postgresql_proxy import Proxy
 from tests.integration.postgresql_server import make_database
@@ -137,31 +135,23 @@ class Run:
         }
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    server = ThreadedMotoServer("127.0.0.1", port := any_free_port(), verbose=False)
-    server.start()
-    yield f"http://127.0.0.1:{port}"
-    server.stop()
-
-
 @contextmanager
-def serve_run(name: str, server: str, postgresql: Path, folder: Path) -> Iterator[Run]:
+def serve_run(name: str, s3_server: str, postgresql: Path, folder: Path) -> Iterator[Run]:
     """A run with an empty bucket, an empty database and a registry of its own."""
     url, kept_by_mlflow = make_database(postgresql, f"perch_{name}"), make_database(postgresql, f"mlflow_{name}")
-    with closing(Proxy.before(url)) as database, closing(FaultProxy(server)) as s3:
+    with closing(Proxy.before(url)) as database, closing(FaultProxy(s3_server)) as s3:
         mlflow = Mlflow(folder, database.url(kept_by_mlflow))
         (folder / "mlflow").mkdir()
         mlflow.start()
         try:
-            yield open_run(name, server, folder, Network(s3, database), mlflow.uri, url)
+            yield open_run(name, s3_server, folder, Network(s3, database), mlflow.uri, url)
         finally:
             mlflow.kill()
 
 
-def open_run(name: str, server: str, folder: Path, network: Network, mlflow_uri: str, url: str) -> Run:
+def open_run(name: str, s3_server: str, folder: Path, network: Network, mlflow_uri: str, url: str) -> Run:
     bucket: Any = boto3.resource(
-        "s3", endpoint_url=server, aws_access_key_id="test", aws_secret_access_key="test", region_name="us-east-1"
+        "s3", endpoint_url=s3_server, aws_access_key_id="test", aws_secret_access_key="test", region_name="us-east-1"
     ).Bucket(name)
     bucket.create()
     environment = {
@@ -184,11 +174,11 @@ def open_run(name: str, server: str, folder: Path, network: Network, mlflow_uri:
 
 @pytest.fixture(scope="module")
 def undisturbed(
-    server: str, postgresql_server: Path, tmp_path_factory: pytest.TempPathFactory
+    s3_server: str, postgresql_server: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[dict[str, int], dict[str, dict[str, Any]]]:
     """Of a run that nothing happened to, how often each step asked for something, and what it left."""
     left = {}
-    with serve_run("undisturbed", server, postgresql_server, tmp_path_factory.mktemp("undisturbed")) as run:
+    with serve_run("undisturbed", s3_server, postgresql_server, tmp_path_factory.mktemp("undisturbed")) as run:
         for step in STEPS:
             code, said = run.attempt(step)
             assert code == EXIT_OK, said
@@ -197,8 +187,8 @@ def undisturbed(
 
 
 @pytest.fixture(scope="module")
-def disturbed(server: str, postgresql_server: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    with serve_run("disturbed", server, postgresql_server, tmp_path_factory.mktemp("disturbed")) as run:
+def disturbed(s3_server: str, postgresql_server: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    with serve_run("disturbed", s3_server, postgresql_server, tmp_path_factory.mktemp("disturbed")) as run:
         yield run
 
 

@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import boto3
-import botocore.retries.standard
 import numpy as np
 import pytest
-from moto.server import ThreadedMotoServer
 from PIL import Image
 
 from pipelines.batch_prediction.locations import open_location
@@ -28,16 +26,15 @@ from pipelines.predictions.stores import S3Store as KeptPredictions
 from pipelines.release.artifact_store import open_store
 from pipelines.release.keys import create_key
 from pipelines.release.publishing import publish_release
-from pipelines.services.stack import any_free_port
 from pipelines.settings import Settings
 from serving.fetching import fetch_release
 from serving.prediction_stores import S3PredictionStore
 from tests.integration.s3_fault_proxy import Fault, FaultProxy, make_authority
+from tests.integration.s3_server import TIMEOUT_S, make_impatient
 
 pytestmark = pytest.mark.services
 
 BUCKET = "perch"
-TIMEOUT_S = 1.0  # an answer without a fault takes some ms on an idle machine
 # `test_fetch` has every fault; of the rest `make test` takes what each use can get wrong by itself.
 RESET, SLOW = (pytest.param(fault, marks=pytest.mark.slow) for fault in ("reset", "slow"))
 LOST_QUESTIONS = ["503", RESET, SLOW]
@@ -45,37 +42,22 @@ LOST_QUESTIONS = ["503", RESET, SLOW]
 each_fault = pytest.mark.parametrize("fault", [*LOST_QUESTIONS, "truncated", "damaged"])
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    server = ThreadedMotoServer("127.0.0.1", port := any_free_port(), verbose=False)
-    server.start()
-    yield f"http://127.0.0.1:{port}"
-    server.stop()
-
-
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = {"PERCH_S3_TIMEOUT_S": str(TIMEOUT_S), "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
-    for name, value in (settings | {"AWS_DEFAULT_REGION": "us-east-1"}).items():
-        monkeypatch.setenv(name, value)
-    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "PERCH_S3_ENDPOINT_URL", "PERCH_S3_CA_BUNDLE"):
-        monkeypatch.delenv(name, raising=False)
-    # The pauses between two attempts are libraries' and our own seconds.
-    monkeypatch.setattr(botocore.retries.standard.ExponentialBackoff, "delay_amount", lambda *_: 0.02)
-    monkeypatch.setattr(transfers, "_LONGEST_PAUSE_S", 0.02)
+    make_impatient(monkeypatch)
 
 
 @pytest.fixture
-def proxy(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    proxy = FaultProxy(server, slow_s=3 * TIMEOUT_S)
+def proxy(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    proxy = FaultProxy(s3_server, slow_s=3 * TIMEOUT_S)
     yield proxy
     proxy.close()
 
 
 @pytest.fixture
-def bucket(server: str) -> Any:
+def bucket(s3_server: str) -> Any:
     """An empty bucket, asked without the proxy."""
-    bucket: Any = boto3.resource("s3", endpoint_url=server).Bucket(BUCKET)
+    bucket: Any = boto3.resource("s3", endpoint_url=s3_server).Bucket(BUCKET)
     bucket.create()
     bucket.objects.all().delete()
     return bucket
@@ -120,7 +102,7 @@ def publisher(tmp_path: Path, unit: Path, bucket: Any) -> Publisher:
 
 @pytest.mark.parametrize("fault", LOST_QUESTIONS)
 def test_publish__store_fails_twice__is_whole_in_the_end(
-    publisher: Publisher, proxy: FaultProxy, bucket: Any, server: str, fault: Fault
+    publisher: Publisher, proxy: FaultProxy, bucket: Any, s3_server: str, fault: Fault
 ) -> None:
     names = {f"some/{publisher.unit.name}", f"some/{publisher.unit.name}.sig"}
     for methods in ("HEAD", "PUT"):
@@ -135,25 +117,25 @@ def test_publish__store_fails_twice__is_whole_in_the_end(
     publisher.publish(proxy.url)
     assert proxy.left == 0
     assert content_of(bucket, f"some/{publisher.unit.name}.sig") == signature
-    assert publisher.fetch(server) == publisher.unit.read_bytes()
+    assert publisher.fetch(s3_server) == publisher.unit.read_bytes()
 
 
 @pytest.mark.parametrize("fault", ["503", "reset", "slow", "truncated", "shortened", "damaged"])
 def test_fetch__store_fails_twice__has_every_byte(
-    publisher: Publisher, proxy: FaultProxy, server: str, fault: Fault
+    publisher: Publisher, proxy: FaultProxy, s3_server: str, fault: Fault
 ) -> None:
-    publisher.publish(server)
+    publisher.publish(s3_server)
     proxy.set(fault, 2)
     assert publisher.fetch(proxy.url) == publisher.unit.read_bytes()
     assert proxy.left == 0
 
 
 def test_fetch__answer_drips__is_given_up_in_time(
-    publisher: Publisher, proxy: FaultProxy, server: str, monkeypatch: pytest.MonkeyPatch
+    publisher: Publisher, proxy: FaultProxy, s3_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # One byte every 50 ms never runs into a timeout between two bytes.
     monkeypatch.setattr(transfers, "_SLOWEST_BYTES_PER_S", 5_000_000)
-    publisher.publish(server)
+    publisher.publish(s3_server)
     proxy.set("drip", 2, "GET")
     began = time.monotonic()
     assert publisher.fetch(proxy.url) == publisher.unit.read_bytes()
@@ -161,9 +143,9 @@ def test_fetch__answer_drips__is_given_up_in_time(
 
 
 def test_fetch__object_was_replaced_by_another__is_refused_by_its_name(
-    publisher: Publisher, proxy: FaultProxy, server: str, bucket: Any
+    publisher: Publisher, proxy: FaultProxy, s3_server: str, bucket: Any
 ) -> None:
-    publisher.publish(server)
+    publisher.publish(s3_server)
     bucket.put_object(Key=f"some/{publisher.unit.name}", Body=b"another")
     with pytest.raises(Refusal, match="was changed: its bytes have SHA-256"):
         publisher.fetch(proxy.url)
@@ -171,10 +153,10 @@ def test_fetch__object_was_replaced_by_another__is_refused_by_its_name(
 
 @each_fault
 def test_each_use__store_fails_all_the_time__says_which_and_to_try_later(
-    publisher: Publisher, proxy: FaultProxy, server: str, bucket: Any, tmp_path: Path, fault: Fault, monkeypatch
+    publisher: Publisher, proxy: FaultProxy, s3_server: str, bucket: Any, tmp_path: Path, fault: Fault, monkeypatch
 ) -> None:
     monkeypatch.setenv("PERCH_S3_ATTEMPTS", "2")
-    publisher.publish(server)
+    publisher.publish(s3_server)
     bucket.put_object(Key="predictions/day/1.parquet", Body=b"x" * 1000)
     uses: dict[str, Callable[[], object]] = {
         f"the artifact store s3://{BUCKET}": lambda: publisher.fetch(proxy.url),
@@ -281,9 +263,9 @@ def test_each_use__endpoint_of_its_own__puts_the_bucket_into_the_path(publisher:
 
 
 @pytest.fixture
-def tls(server: str, tmp_path: Path) -> Iterator[tuple[FaultProxy, Path]]:
+def tls(s3_server: str, tmp_path: Path) -> Iterator[tuple[FaultProxy, Path]]:
     bundle, context = make_authority(tmp_path)
-    proxy = FaultProxy(server, context)
+    proxy = FaultProxy(s3_server, context)
     yield proxy, bundle
     proxy.close()
 

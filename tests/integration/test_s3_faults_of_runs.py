@@ -10,66 +10,47 @@ from pathlib import Path
 from typing import Any
 
 import boto3
-import botocore.retries.standard
 import numpy as np
 import pytest
 import yaml
-from moto.server import ThreadedMotoServer
 
 from pipelines.errors import TryLater
-from pipelines.object_storage import transfers
 from pipelines.runs import run_store
 from pipelines.runs.run_store import Lease, RunStore
 from pipelines.runs.sharing import SharedRun
 from pipelines.runs.stages import dvc_command, run_tool
 from pipelines.runs.workspaces import open_workspace
-from pipelines.services.stack import any_free_port
 from pipelines.settings import Settings
 from tests.integration.s3_fault_proxy import Fault, FaultProxy, make_authority
+from tests.integration.s3_server import TIMEOUT_S, make_impatient
 
 pytestmark = pytest.mark.services
 
 PROJECT = Path(__file__).parents[2]
 BUCKET = "perch"
-TIMEOUT_S = 1.0
 LARGE = 2_500_000
 SLOW = pytest.param("slow", marks=pytest.mark.slow)
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    server = ThreadedMotoServer("127.0.0.1", port := any_free_port(), verbose=False)
-    server.start()
-    yield f"http://127.0.0.1:{port}"
-    server.stop()
-
-
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = {"PERCH_S3_TIMEOUT_S": str(TIMEOUT_S), "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
-    for name, value in (settings | {"AWS_DEFAULT_REGION": "us-east-1"}).items():
-        monkeypatch.setenv(name, value)
-    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "PERCH_S3_ENDPOINT_URL", "PERCH_S3_CA_BUNDLE"):
-        monkeypatch.delenv(name, raising=False)
-    # The pauses between two attempts are libraries' and our own seconds.
-    monkeypatch.setattr(botocore.retries.standard.ExponentialBackoff, "delay_amount", lambda *_: 0.02)
-    monkeypatch.setattr(transfers, "_LONGEST_PAUSE_S", 0.02)
+    make_impatient(monkeypatch)
 
 
 @pytest.fixture
-def proxy(server: str, bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+def proxy(s3_server: str, bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
     """All of it over TLS of a private authority."""
     authority, tls = make_authority(tmp_path)
     monkeypatch.setenv("PERCH_S3_CA_BUNDLE", str(authority))
-    proxy = FaultProxy(server, tls, slow_s=2 * TIMEOUT_S)
+    proxy = FaultProxy(s3_server, tls, slow_s=2 * TIMEOUT_S)
     yield proxy
     proxy.close()
 
 
 @pytest.fixture
-def bucket(server: str) -> Any:
+def bucket(s3_server: str) -> Any:
     """An empty bucket, asked without the proxy."""
-    bucket: Any = boto3.resource("s3", endpoint_url=server).Bucket(BUCKET)
+    bucket: Any = boto3.resource("s3", endpoint_url=s3_server).Bucket(BUCKET)
     bucket.create()
     bucket.objects.all().delete()
     return bucket
@@ -115,10 +96,10 @@ def content_is_answered(methods: str, fault: Fault) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["503", "reset", "unanswered"])
 def test_lease__store_fails_while_it_is_held__is_neither_lost_nor_held_twice(
-    store: RunStore, server: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, fault: Fault
+    store: RunStore, s3_server: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, fault: Fault
 ) -> None:
     monkeypatch.setattr(run_store, "_LOOKS_PER_LEASE", 8)
-    direct = RunStore(Settings(runs_url=f"s3://{BUCKET}/team", s3_endpoint_url=server), "r")
+    direct = RunStore(Settings(runs_url=f"s3://{BUCKET}/team", s3_endpoint_url=s3_server), "r")
     with Lease(store, "pod a", lease_s=4).held(wait_s=0):
         proxy.set(fault, 6)  # more than one renewal tries
         deadline = time.monotonic() + 5.2
